@@ -121,6 +121,54 @@ func (b *Batch) Append(dst []byte, f Form) ([]byte, error) {
 	return p, nil
 }
 
+// Trim takes out of b what engines of form f do not say: the fields that came with later releases, and the rank before
+// VLLM091. Simulators fill in everything and leave the rest to the form. What no release can say stays, and Append
+// refuses it.
+func (b *Batch) Trim(f Form) {
+	if !f.valid() {
+		return
+	}
+	if f < VLLM091 {
+		b.Rank = Opt[int64]{}
+	}
+	for i := range b.Events {
+		e := &b.Events[i]
+		if e.Type < BlockStored || e.Type > AllBlocksCleared {
+			continue
+		}
+		later := keys(VLLM032.fields(e.Type)...) &^ keys(f.fields(e.Type)...)
+		for field := fieldMedium; field <= fieldSessionID; field++ {
+			if later>>field&1 == 1 {
+				e.clear(field)
+			}
+		}
+	}
+}
+
+// clear removes a field that some release of vLLM does not have.
+func (e *Event) clear(f field) {
+	switch f {
+	case fieldMedium:
+		e.Medium = nil
+	case fieldLoRAName:
+		e.LoRAName = nil
+	case fieldExtraKeys:
+		e.ExtraKeys = nil
+	case fieldGroup:
+		e.Group = Opt[int64]{}
+	case fieldSpecKind:
+		e.SpecKind = nil
+	case fieldWindow:
+		e.SlidingWindow = Opt[int64]{}
+	case fieldLocality:
+		e.Locality = nil
+	case fieldOwnership:
+		e.Ownership = nil
+	case fieldSessionID:
+		e.SessionID = nil
+	}
+}
+
 // width is how many positions an event's array has after the tag.
 func (f Form) width(t Type) int {
 	switch {

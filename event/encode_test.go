@@ -184,6 +184,42 @@ func TestAppendSendsAFieldOrRefuses(t *testing.T) {
 	}
 }
 
+func TestTrimLeavesWhatAFormCanSay(t *testing.T) {
+	t.Parallel()
+	for form := range allForms {
+		for _, field := range fields {
+			stored := event.Event{Type: event.BlockStored, Hashes: []event.Hash{}, Stride: 1}
+			removed := event.Event{Type: event.BlockRemoved, Hashes: []event.Hash{}}
+			for _, c := range []struct {
+				e     event.Event
+				first event.Form
+			}{{stored, field.stored}, {removed, field.removed}} {
+				field.set(&c.e)
+				b := event.Batch{Rank: event.Some(int64(2)), Events: []event.Event{c.e}}
+				b.Trim(form)
+				kept := cmp.Diff(c.e, b.Events[0]) == ""
+				// What no form can say is not Trim's to take away.
+				if want := c.first == 0 || form >= c.first; kept != want {
+					t.Errorf("%v, %v with %s: kept %v, want %v", form, c.e.Type, field.name, kept, want)
+				}
+				if b.Rank.OK != (form >= event.VLLM091) {
+					t.Errorf("%v: rank %v", form, b.Rank)
+				}
+				if _, err := b.Append(nil, form); (err != nil) != (c.first == 0) {
+					t.Errorf("%v, %v with %s: trimmed, and yet %v", form, c.e.Type, field.name, err)
+				}
+			}
+		}
+	}
+	odd := event.Batch{Rank: event.Some(int64(2)), Events: []event.Event{{Type: 9, Medium: []byte("GPU")}}}
+	want := event.Batch{Rank: event.Some(int64(2)), Events: []event.Event{{Type: 9, Medium: []byte("GPU")}}}
+	odd.Trim(0)
+	odd.Trim(event.VLLM091)
+	if diff := cmp.Diff(contentOf(&want), contentOf(&odd)); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+}
+
 // survives checks that p decodes to what b holds.
 func survives(t *testing.T, b *event.Batch, p []byte, f event.Form) {
 	t.Helper()

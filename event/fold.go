@@ -57,9 +57,9 @@ type group struct {
 }
 
 // Fold is the state of one engine, or one rank of it, as its batches tell it: a multiset of blocks by place. Its rules
-// are those of docs/wire-formats.md (what the events mean), where a block counts as held before a store if it was held before the
-// batch or if an earlier event of the batch stored it. The zero Fold is empty and ready. It is not safe for concurrent
-// use.
+// are those of docs/wire-formats.md (what the events mean), where a block counts as held before a store if it was held
+// before the batch or if an earlier event of the batch stored it. The zero Fold is empty and ready. It is not safe for
+// concurrent use.
 //
 // A Fold grows with the blocks that the engine claims to hold. It tells 1,024 pairs of group and medium apart; see
 // Overflowed for what is beyond.

@@ -107,9 +107,9 @@ func Start(tb testing.TB, args ...string) *Peer {
 	}()
 	p.stop = sync.OnceFunc(func() {
 		close(ended)
-		cmd.Process.Kill()
+		_ = cmd.Process.Kill()
 		<-read
-		cmd.Wait()
+		_ = cmd.Wait() // killed, as it says
 		if complaints.Len() > 0 {
 			tb.Logf("peer.py %s: %s", strings.Join(args, " "), &complaints)
 		}

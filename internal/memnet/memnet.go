@@ -97,6 +97,13 @@ func (n *Network) From(host string) func(ctx context.Context, network, address s
 	}
 }
 
+// Listeners returns how many listeners are open.
+func (n *Network) Listeners() int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return len(n.listeners)
+}
+
 // Cut breaks every connection there is. Listeners stay.
 func (n *Network) Cut() error {
 	n.mu.Lock()

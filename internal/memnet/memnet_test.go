@@ -56,8 +56,12 @@ func TestNetwork(t *testing.T) {
 	if _, err := n.Dial(cancelled, "tcp", address); !errors.Is(err, context.Canceled) {
 		t.Errorf("dialling with a context that ended: %v", err)
 	}
+	before := n.Listeners()
 	if err := errors.Join(l.Close(), l.Close()); err != nil {
 		t.Error(err)
+	}
+	if after := n.Listeners(); before != 1 || after != 0 {
+		t.Errorf("%d listeners before Close, %d after", before, after)
 	}
 	if _, err := l.Accept(); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("accepting after Close: %v", err)

@@ -227,7 +227,7 @@ func (c *Conn) fill(need int) error {
 		return nil // an error that came along will come again
 	case err == nil:
 		return io.ErrNoProgress
-	case err == io.EOF && (len(c.frames) > 0 || c.pos < c.end):
+	case errors.Is(err, io.EOF) && (len(c.frames) > 0 || c.pos < c.end):
 		return io.ErrUnexpectedEOF
 	}
 	return err
@@ -235,10 +235,10 @@ func (c *Conn) fill(need int) error {
 
 // lost returns why a fill did not help, having ended the connection.
 func (c *Conn) lost(err error) error {
-	switch err {
-	case io.EOF:
+	switch {
+	case errors.Is(err, io.EOF):
 		err = fmt.Errorf("zmtp: peer closed: %w", err)
-	case io.ErrUnexpectedEOF:
+	case errors.Is(err, io.ErrUnexpectedEOF):
 		err = fmt.Errorf("zmtp: peer closed within a message: %w", err)
 	default:
 		err = fmt.Errorf("zmtp: read: %w", err)

@@ -172,7 +172,7 @@ func (c *Conn) readGreeting(g *[greetingSize]byte) error {
 	for n := 0; n < greetingSize; {
 		if c.pos == c.end {
 			if err := c.fill(greetingSize); err != nil {
-				if err == io.EOF {
+				if errors.Is(err, io.EOF) {
 					return fmt.Errorf("peer closed after %d bytes of a greeting: %w", n, io.ErrUnexpectedEOF)
 				}
 				return err
@@ -251,7 +251,7 @@ func (c *Conn) readHandshakeCommand(want string) ([]byte, error) {
 			}
 		}
 		if err := c.fill(h + int(min(n, maxHandshakeCommand))); err != nil {
-			if err == io.EOF || err == io.ErrUnexpectedEOF {
+			if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 				return nil, fmt.Errorf("peer closed instead of sending %s; it does so if its mechanism or "+
 					"socket type does not fit ours (%s): %w", want, c.local, io.ErrUnexpectedEOF)
 			}

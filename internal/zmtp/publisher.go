@@ -70,7 +70,7 @@ func (p *Publisher) serve(_ context.Context, c *Conn) {
 
 	var writer sync.WaitGroup
 	writer.Go(out.run)
-	c.Recv() // handles subscriptions; returns when the connection ends
+	_, _ = c.Recv() // handles subscriptions; returns when the connection ends
 	c.Close()
 	writer.Wait()
 

@@ -1,0 +1,684 @@
+// Copyright 2026 The kvtap Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package kvcache
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/kvtap/kvtap/event"
+	"github.com/kvtap/kvtap/internal/zmtp"
+)
+
+// ZMQClient follows one engine. Make it with NewZMQClient; all methods may be called from any goroutine.
+//
+// One goroutine reads the subscription, and while a replay runs a second one reads the replay. Both hand messages to
+// the sequencer under mu, so that the handler sees one order.
+type ZMQClient struct {
+	config  ZMQClientConfig
+	log     *slog.Logger
+	handler EventHandler
+	// The richer interfaces of handler; nil where it does not have them.
+	batches  BatchHandler
+	resyncs  ResyncHandler
+	statuses StatusHandler
+	payloads PayloadHandler
+
+	pub, replay string // endpoints; replay is "" if there is none
+
+	// life guards the life cycle: Start, Stop.
+	life     sync.Mutex
+	started  bool
+	cancel   context.CancelFunc
+	done     chan struct{} // closed when the client's goroutines have ended
+	stopOnce sync.Once
+	stopErr  error
+
+	stopped   atomic.Bool // no handler call may begin any more
+	connected atomic.Bool
+	lastSeq   atomic.Int64
+	observed  atomic.Int64 // nanoseconds since the epoch, 0 if never
+	inHandler atomic.Pointer[string]
+
+	// mu is held for each message, handler calls included.
+	mu    sync.Mutex
+	seq   sequencer
+	hold  holdQueue
+	batch event.Batch
+	// lastPayload is that of the last delivered message.
+	lastPayload []byte
+	told        Status // the last status that tellStatus published; State, Bound and Reason only
+	metrics     *ZMQClientMetrics
+	// replays runs while a replay is wanted; replayAsked changes with every replay that is asked for, so that the one
+	// that runs knows when it is no longer the one wanted.
+	replays     bool
+	replayAsked uint64
+
+	statusMu sync.Mutex
+	status   Status
+}
+
+// NewZMQClient returns a client that is not yet started. It keeps a copy of config. If the handler also implements
+// BatchHandler, ResyncHandler, StatusHandler or PayloadHandler, it gets those calls.
+func NewZMQClient(config *ZMQClientConfig, handler EventHandler) *ZMQClient {
+	c := &ZMQClient{handler: handler, done: make(chan struct{})}
+	if config != nil {
+		c.config = *config
+	}
+	c.batches, _ = handler.(BatchHandler)
+	c.resyncs, _ = handler.(ResyncHandler)
+	c.statuses, _ = handler.(StatusHandler)
+	c.payloads, _ = handler.(PayloadHandler)
+	c.lastSeq.Store(-1)
+	c.log = c.config.Logger
+	if c.log == nil {
+		c.log = slog.New(slog.DiscardHandler)
+	}
+	c.log = c.log.With("pod", c.config.PodKey, "model", c.config.ModelName, "rank", c.config.Rank)
+	c.hold.max = orDefault(c.config.MaxHold, DefaultMaxHold)
+	c.status = Status{State: StateConnecting, Bound: BoundAtLeast, Reason: ReasonStart}
+	c.told = c.status
+	c.seq.bound, c.seq.reason = BoundAtLeast, ReasonStart
+	return c
+}
+
+func orDefault[T int | time.Duration](v, def T) T {
+	if v == 0 {
+		return def
+	}
+	return v
+}
+
+// ErrStarted and ErrStopped say that Start came too late.
+var (
+	ErrStarted = errors.New("kvcache: the client was started before")
+	ErrStopped = errors.New("kvcache: the client was stopped")
+)
+
+// Start begins to follow the engine, in the background, and returns without waiting for the network: an engine that is
+// down is retried. The error says what is wrong with the configuration (ErrInvalidConfig), that a client for the same
+// pod key and rank runs with the same Registerer (ErrDuplicateClient), or that this client cannot be started again.
+func (c *ZMQClient) Start() error {
+	c.life.Lock()
+	defer c.life.Unlock()
+	switch {
+	case c.stopped.Load():
+		return ErrStopped
+	case c.started:
+		return ErrStarted
+	case c.handler == nil:
+		return fmt.Errorf("%w: the handler is nil", ErrInvalidConfig)
+	}
+	if err := ValidateConfig(&c.config); err != nil {
+		return err
+	}
+	// ValidateConfig has seen both.
+	c.pub, _ = c.config.pubEndpoint()
+	c.replay, _ = c.config.replayEndpoint()
+	c.seq.replayable = c.replay != ""
+	c.seq.want = c.config.FromSequence
+
+	metrics, err := collectorsOf(c.config.Registerer)
+	if err != nil {
+		return err
+	}
+	key := metricsKey{pod: c.config.PodKey, rank: c.config.Rank}
+	if err := metrics.claim(key); err != nil {
+		return err
+	}
+	var listener net.Listener
+	if c.config.Listen {
+		if listener, err = zmtp.Listen(context.Background(), c.pub, c.options()); err != nil {
+			metrics.release(key)
+			return fmt.Errorf("kvcache: cannot listen for the engine: %w", err)
+		}
+	}
+	c.metrics = metrics.metrics(key)
+
+	ctx, cancel := context.WithCancel(context.Background())
+	c.started, c.cancel = true, cancel
+	go func() {
+		defer close(c.done)
+		defer metrics.release(key)
+		defer c.metrics.Delete()
+		if listener != nil {
+			c.runListening(ctx, listener)
+		} else {
+			c.runDialling(ctx)
+		}
+	}()
+	return nil
+}
+
+// Run follows the engine until ctx ends: Start, wait, Stop. It returns Start's or Stop's error.
+func (c *ZMQClient) Run(ctx context.Context) error {
+	if err := c.Start(); err != nil {
+		return err
+	}
+	<-ctx.Done()
+	return c.Stop()
+}
+
+// StopError says that a handler call went on for longer than StopTimeout after Stop. The call goes on; none follows it.
+type StopError struct {
+	Pod     string
+	Call    string // what runs: HandleEvent, HandleBatch, ...
+	Waited  time.Duration
+	Handler string // the handler's type
+}
+
+func (e *StopError) Error() string {
+	return fmt.Sprintf("kvcache: %s: %s of %s was still running %v after Stop", e.Pod, e.Call, e.Handler, e.Waited)
+}
+
+// Stop ends the client: it closes its connections at once, and waits for a handler call that is running for at most
+// StopTimeout, after which it returns a *StopError. No handler call begins after Stop has returned. Stopping again, or
+// a client that was never started, is harmless and returns what the first Stop returned. A handler that stops its own
+// client must do so from another goroutine, since Stop waits for the handler.
+func (c *ZMQClient) Stop() error {
+	c.stopOnce.Do(func() {
+		c.life.Lock()
+		c.stopped.Store(true)
+		started := c.started
+		c.life.Unlock()
+		if !started {
+			c.setStopped()
+			return
+		}
+		c.cancel()
+		timeout := orDefault(c.config.StopTimeout, DefaultStopTimeout)
+		timer := time.NewTimer(timeout)
+		defer timer.Stop()
+		select {
+		case <-c.done:
+		case <-timer.C:
+			e := &StopError{Pod: c.config.PodKey, Call: "the handler", Waited: timeout, Handler: fmt.Sprintf("%T", c.handler)}
+			if call := c.inHandler.Load(); call != nil {
+				e.Call = *call
+			}
+			c.stopErr = e
+		}
+		c.setStopped()
+	})
+	return c.stopErr
+}
+
+func (c *ZMQClient) setStopped() {
+	c.connected.Store(false)
+	c.statusMu.Lock()
+	defer c.statusMu.Unlock()
+	c.status.State = StateStopped
+}
+
+// IsConnected reports whether the subscription is established.
+func (c *ZMQClient) IsConnected() bool { return c.connected.Load() }
+
+// GetLastSequence returns the number of the last batch handed on, or -1 if there was none. Numbers above the largest
+// int64 wrap.
+func (c *ZMQClient) GetLastSequence() int64 { return c.lastSeq.Load() }
+
+// Status returns what the client is doing and what its history is worth.
+func (c *ZMQClient) Status() Status {
+	c.statusMu.Lock()
+	defer c.statusMu.Unlock()
+	s := c.status
+	if at := c.observed.Load(); at != 0 {
+		s.ObservedAt = time.Unix(0, at)
+	}
+	return s
+}
+
+func (c *ZMQClient) options() *zmtp.Options {
+	return &zmtp.Options{
+		MaxMessage: orDefault(c.config.MaxMessage, DefaultMaxMessage),
+		Dial:       c.config.Dial,
+		ListenFunc: c.config.ListenFunc,
+	}
+}
+
+// runDialling connects to the engine, follows it, and connects again, until ctx ends.
+func (c *ZMQClient) runDialling(ctx context.Context) {
+	pace := newBackoff(orDefault(c.config.ReconnectDelay, DefaultReconnectInterval))
+	for attempt := 0; ; attempt++ {
+		if attempt > 0 {
+			c.metrics.IncrementReconnectAttempts()
+		}
+		conn, err := zmtp.Dial(ctx, c.pub, zmtp.SUB, c.options())
+		if err == nil {
+			connected := time.Now()
+			err = c.follow(ctx, conn)
+			if time.Since(connected) >= healthyAfter {
+				pace.reset()
+			}
+		}
+		if ctx.Err() != nil {
+			return
+		}
+		wait := pace.next(errors.Is(err, syscall.ECONNREFUSED))
+		c.fail(err, wait)
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(wait):
+		}
+	}
+}
+
+// runListening follows the engine that connects to l, until ctx ends. A second connection from the same host takes the
+// place of the first, which may be half dead; one from another host is refused while the first lasts.
+func (c *ZMQClient) runListening(ctx context.Context, l net.Listener) {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer context.AfterFunc(ctx, func() { _ = l.Close() })()
+	defer func() { _ = l.Close() }()
+
+	var mu sync.Mutex
+	var current *zmtp.Conn         // the engine's connection; guarded by mu
+	var currentHost string         // guarded by mu
+	turn := make(chan struct{}, 1) // held by the goroutine that follows
+
+	serve := func(nc net.Conn) {
+		host := hostOf(nc.RemoteAddr())
+		conn, err := zmtp.NewConn(ctx, nc, zmtp.SUB, c.options())
+		if err != nil {
+			c.fail(err, 0)
+			return
+		}
+		mu.Lock()
+		if current != nil && host != currentHost {
+			other := currentHost
+			mu.Unlock()
+			_ = conn.Close()
+			c.log.Warn("engine_refused", "host", host, "connected", other,
+				"hint", "one client follows one engine; give each engine an endpoint of its own")
+			return
+		}
+		if current != nil {
+			_ = current.Close()
+		}
+		current, currentHost = conn, host
+		mu.Unlock()
+
+		turn <- struct{}{} // the one that was replaced is on its way out
+		defer func() { <-turn }()
+		err = c.follow(ctx, conn)
+		mu.Lock()
+		if current == conn {
+			current = nil
+		}
+		mu.Unlock()
+		if ctx.Err() == nil {
+			c.fail(err, 0)
+		}
+	}
+	// Connections that have not yet shown that they speak ZMTP are few at a time, whoever knocks.
+	slots := make(chan struct{}, maxHandshakes)
+	for {
+		nc, err := l.Accept()
+		if err != nil {
+			if ctx.Err() == nil {
+				c.fail(fmt.Errorf("kvcache: cannot accept connections: %w", err), 0)
+			}
+			return
+		}
+		select {
+		case slots <- struct{}{}:
+			wg.Go(func() {
+				defer func() { <-slots }()
+				serve(nc)
+			})
+		default:
+			_ = nc.Close()
+		}
+	}
+}
+
+// maxHandshakes is how many connections a listening client looks at at once.
+const maxHandshakes = 8
+
+func hostOf(addr net.Addr) string {
+	if tcp, ok := addr.(*net.TCPAddr); ok {
+		return tcp.AddrPort().Addr().Unmap().String()
+	}
+	return addr.Network()
+}
+
+// follow reads one connection until it ends, which it always does with an error.
+func (c *ZMQClient) follow(ctx context.Context, conn *zmtp.Conn) error {
+	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
+	defer func() { _ = conn.Close() }()
+	if err := conn.Subscribe([]byte(c.config.Topic)); err != nil {
+		return fmt.Errorf("kvcache: cannot subscribe: %w", err)
+	}
+	// Replays belong to this connection and end with it.
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+
+	c.connected.Store(true)
+	c.metrics.IncrementConnectionCount()
+	c.log.Info("connected", "endpoint", c.pub, "remote", addrString(conn.RemoteAddr()))
+	c.mu.Lock()
+	c.setError("")
+	c.obey(ctx, &wg, c.seq.connect(), message{})
+	c.tellStatus()
+	c.mu.Unlock()
+	defer func() {
+		c.connected.Store(false)
+		c.metrics.IncrementDisconnectionCount()
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.seq.disconnect()
+		c.hold.clear()
+		c.tellStatus()
+	}()
+
+	warned := false
+	for {
+		frames, err := conn.Recv()
+		if err != nil {
+			return fmt.Errorf("kvcache: lost the connection to %s: %w", c.pub, err)
+		}
+		m, ok := parseMessage(frames)
+		if !ok || m.end() {
+			c.metrics.IncrementErrorCount(errorConsumeEvents)
+			if !warned {
+				warned = true
+				c.log.Warn("message_ignored", "frames", len(frames), "want", "topic, 8-byte sequence number, payload")
+			}
+			continue
+		}
+		m.at = conn.LastReceived()
+		c.mu.Lock()
+		d := c.seq.live(m.seq, c.isLast(m))
+		c.obey(ctx, &wg, d, m)
+		if d.verdict == deliver && d.missed == 0 && !c.seq.holding {
+			c.observed.Store(m.at.UnixNano())
+		}
+		c.tellStatus()
+		c.mu.Unlock()
+	}
+}
+
+func addrString(a net.Addr) string {
+	if a == nil {
+		return ""
+	}
+	return a.String()
+}
+
+// obey carries out a decision about message m; callers hold mu.
+func (c *ZMQClient) obey(ctx context.Context, wg *sync.WaitGroup, d decision, m message) {
+	c.metrics.countNumbers(d)
+	if d.missed > 0 {
+		c.log.Warn("batches_missing", "count", d.missed, "before", m.seq, "replay", d.replay)
+	}
+	if d.burned > 0 {
+		c.log.Info("sequences_burned", "count", d.burned, "before", m.seq)
+	}
+	if d.invalid {
+		c.metrics.IncrementErrorCount(errorConsumeEvents)
+	}
+	if d.dropHeld {
+		c.hold.clear()
+	}
+	if d.reset != "" {
+		c.reset(d.reset)
+	}
+	switch d.verdict {
+	case deliver:
+		c.deliver(m)
+	case hold:
+		if !m.held {
+			c.hold.push(m.seq, m.at, m.topic, m.payload)
+		}
+	}
+	if d.replay {
+		c.replayAsked++
+		if !c.replays {
+			c.replays = true
+			wg.Go(func() { c.runReplays(ctx, wg) })
+		}
+	}
+}
+
+// reset tells the handler to forget.
+func (c *ZMQClient) reset(reason Reason) {
+	c.metrics.countReset(reason)
+	if reason != ReasonStart {
+		c.log.Warn("reset", "reason", string(reason))
+	}
+	if c.resyncs == nil {
+		return
+	}
+	r := Reset{
+		PodName: c.config.PodKey, ModelName: c.config.ModelName, Rank: c.config.Rank, Reason: reason, At: time.Now(),
+	}
+	c.call("HandleReset", func() error { return c.resyncs.HandleReset(r) })
+}
+
+// isLast reports whether m is the last delivered message, byte for byte.
+func (c *ZMQClient) isLast(m message) bool {
+	return m.seq == c.seq.last && bytes.Equal(m.payload, c.lastPayload)
+}
+
+// maxKeptPayload is the size in bytes above which the memory of lastPayload is given back when it is no longer needed.
+const maxKeptPayload = 1 << 20
+
+// deliver hands one message on and remembers it.
+func (c *ZMQClient) deliver(m message) {
+	c.hand(m)
+	if cap(c.lastPayload) > maxKeptPayload && len(m.payload) <= maxKeptPayload {
+		c.lastPayload = nil
+	}
+	// A copy costs a fifth of a digest, and cannot take one batch for another.
+	c.lastPayload = append(c.lastPayload[:0], m.payload...)
+	c.seq.delivered(m.seq)
+	c.lastSeq.Store(int64(m.seq))
+	c.metrics.UpdateLastSequenceID(int64(m.seq))
+}
+
+// hand passes one message to the handler.
+func (c *ZMQClient) hand(m message) {
+	info := BatchInfo{
+		PodName: c.config.PodKey, ModelName: c.config.ModelName, Rank: c.config.Rank,
+		Sequence: m.seq, Replayed: m.replayed, ReceivedAt: m.at, Topic: m.topic, Payload: m.payload,
+	}
+	if c.payloads != nil {
+		c.call("HandlePayload", func() error { return c.payloads.HandlePayload(info) })
+	}
+	if err := c.batch.Decode(m.payload); err != nil {
+		c.metrics.IncrementErrorCount(errorDecode)
+		c.log.Warn("batch_unreadable", "sequence", m.seq, "error", err)
+		c.reset(c.seq.unreadable(true).reset)
+		return
+	}
+	if len(c.batch.Skipped) > 0 {
+		c.skipped(m.seq)
+	}
+	if rank, ok := rankOf(&c.batch); ok {
+		info.Rank = rank
+	}
+	c.countReceived(m.replayed)
+	c.handle(info)
+	if len(c.batch.Skipped) == 0 && endsCleared(&c.batch) {
+		c.seq.cleared()
+	}
+}
+
+// skipped judges the events of the batch that could not be read. One that may have removed blocks puts in doubt
+// everything before it, so that the handler forgets, and gets what follows it.
+func (c *ZMQClient) skipped(seq uint64) {
+	b := &c.batch
+	if c.metrics != nil {
+		c.metrics.skipped.Add(float64(len(b.Skipped)))
+	}
+	cut := -1
+	for i, s := range b.Skipped {
+		c.log.Warn("event_unreadable", "sequence", seq, "index", s.Index, "type", string(s.Tag), "why", s.Reason)
+		if mayRemove(s) {
+			cut = s.Index - i // Index counts skipped events too, of which there are i before this one
+		}
+	}
+	if cut < 0 {
+		c.seq.unreadable(false)
+		return
+	}
+	c.reset(c.seq.unreadable(true).reset)
+	b.Events = b.Events[cut:]
+}
+
+// mayRemove reports whether a skipped event may have removed blocks: one of unknown type adds to what engines say, and
+// a broken store only hides blocks. An event whose type could not even be read may be anything.
+func mayRemove(s event.Skip) bool {
+	switch string(s.Tag) {
+	case string(EventTypeBlockRemoved), string(EventTypeAllCleared):
+		return true
+	}
+	return s.Tag == nil
+}
+
+// endsCleared reports whether the batch empties the cache.
+func endsCleared(b *event.Batch) bool {
+	for i := range b.Events {
+		if b.Events[i].Type == event.AllBlocksCleared {
+			return true
+		}
+	}
+	return false
+}
+
+func (c *ZMQClient) countReceived(replayed bool) {
+	if c.metrics == nil {
+		return
+	}
+	for i := range c.batch.Events {
+		c.metrics.received[c.batch.Events[i].Type].Inc()
+	}
+	if replayed {
+		c.metrics.replayed.Add(float64(len(c.batch.Events)))
+	}
+}
+
+// handle passes the batch to the handler.
+func (c *ZMQClient) handle(info BatchInfo) {
+	if c.batches != nil {
+		if c.callBatch(info) && c.metrics != nil {
+			for i := range c.batch.Events {
+				c.metrics.processed[c.batch.Events[i].Type].Inc()
+			}
+		}
+		return
+	}
+	o := origin{at: timestamp(c.batch.Time), model: info.ModelName, pod: info.PodName, rank: info.Rank}
+	for i := range c.batch.Events {
+		e := newEvent(&c.batch.Events[i])
+		e.stamp(o)
+		if c.call("HandleEvent", func() error { return c.handler.HandleEvent(e) }) && c.metrics != nil {
+			c.metrics.processed[c.batch.Events[i].Type].Inc()
+		}
+	}
+}
+
+// callBatchName is a variable so that inHandler can point to it.
+var callBatchName = "HandleBatch"
+
+// callBatch is call for HandleBatch, which must not allocate: no closure.
+func (c *ZMQClient) callBatch(info BatchInfo) (ok bool) {
+	if c.stopped.Load() {
+		return false
+	}
+	begin := c.enter(&callBatchName)
+	defer func() { ok = c.leave(callBatchName, begin, recover()) && ok }()
+	return c.failed(callBatchName, c.batches.HandleBatch(&c.batch, info))
+}
+
+// call runs one call of the handler and reports whether it succeeded. After Stop none begins.
+func (c *ZMQClient) call(name string, f func() error) (ok bool) {
+	if c.stopped.Load() {
+		return false
+	}
+	begin := c.enter(&name)
+	defer func() { ok = c.leave(name, begin, recover()) && ok }()
+	return c.failed(name, f())
+}
+
+func (c *ZMQClient) enter(name *string) (begin time.Time) {
+	c.inHandler.Store(name)
+	if c.metrics != nil {
+		begin = time.Now()
+	}
+	return begin
+}
+
+// leave ends a call. A panic costs a counted error and nothing else: the stream outlives its handler's faults.
+func (c *ZMQClient) leave(name string, begin time.Time, panicked any) bool {
+	c.inHandler.Store(nil)
+	if c.metrics != nil {
+		c.metrics.RecordEventProcessingLatency(time.Since(begin))
+	}
+	if panicked == nil {
+		return true
+	}
+	c.metrics.IncrementErrorCount(errorHandleEvent)
+	c.log.Error("handler_panicked", "call", name, "panic", panicked)
+	return false
+}
+
+// failed logs and counts an error of the handler, and reports whether there was none.
+func (c *ZMQClient) failed(name string, err error) bool {
+	if err == nil {
+		return true
+	}
+	c.metrics.IncrementErrorCount(errorHandleEvent)
+	c.log.Warn("handler_failed", "call", name, "error", err)
+	return false
+}
+
+// fail records why there is no connection.
+func (c *ZMQClient) fail(err error, retry time.Duration) {
+	c.metrics.IncrementErrorCount(errorConnection)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	// The same failure again is no news.
+	if c.setError(err.Error()) {
+		c.log.Warn("connection_failed", "endpoint", c.pub, "error", err, "retry_in", retry)
+	}
+	c.tellStatus()
+}
+
+// setError sets the error that Status shows, and reports whether it changed.
+func (c *ZMQClient) setError(text string) bool {
+	c.statusMu.Lock()
+	defer c.statusMu.Unlock()
+	changed := c.status.Err != text
+	c.status.Err = text
+	return changed
+}
+
+// tellStatus publishes the sequencer's state, and tells the handler if it changed; callers hold mu.
+func (c *ZMQClient) tellStatus() {
+	now := Status{State: c.seq.state, Bound: c.seq.bound, Reason: c.seq.reason}
+	if now == c.told || c.stopped.Load() {
+		return
+	}
+	c.told = now
+	c.statusMu.Lock()
+	c.status.State, c.status.Bound, c.status.Reason = now.State, now.Bound, now.Reason
+	c.statusMu.Unlock()
+	status := c.Status()
+	c.log.Info("status", "state", status.State.String(), "bound", status.Bound.String(), "reason", string(status.Reason))
+	if c.statuses != nil {
+		c.call("HandleStatus", func() error { c.statuses.HandleStatus(status); return nil })
+	}
+}

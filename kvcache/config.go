@@ -1,0 +1,188 @@
+// Copyright 2026 The kvtap Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package kvcache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"strconv"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/kvtap/kvtap/internal/zmtp"
+)
+
+// Defaults of ZMQClientConfig.
+const (
+	DefaultPubPort    = 5557 // vLLM's PUB socket
+	DefaultRouterPort = 5558 // vLLM's replay ROUTER, by convention
+
+	DefaultPollTimeout       = 100 * time.Millisecond
+	DefaultReplayTimeout     = 5 * time.Second
+	DefaultReconnectInterval = 1 * time.Second
+	MaxReconnectInterval     = 30 * time.Second
+	ReconnectBackoffFactor   = 2.0
+
+	DefaultStopTimeout = 5 * time.Second
+	DefaultMaxHold     = 64 << 20 // bytes
+	DefaultMaxMessage  = 64 << 20 // bytes
+)
+
+// ZMQClientConfig says where one engine publishes and how patient to be with it.
+type ZMQClientConfig struct {
+	// PodKey names the engine in events, logs and metrics, such as "namespace/pod".
+	PodKey string
+	// PodIP is the engine's address, IPv4 or IPv6. Not needed where PubEndpoint is set.
+	PodIP string
+	// ModelName is set on every event.
+	ModelName string
+
+	// PubPort is the TCP port of the engine's PUB socket. Data-parallel rank r publishes on its base port + r.
+	PubPort int
+	// RouterPort is the TCP port of the engine's replay ROUTER.
+	RouterPort int
+
+	// PollTimeout is accepted for callers that set it and has no effect: nothing polls.
+	PollTimeout time.Duration
+	// ReplayTimeout is how long a replay may go without a message before it counts as over. Zero means 5s.
+	ReplayTimeout time.Duration
+	// ReconnectDelay is the upper limit of the first wait before a reconnect; it doubles up to 30s. Zero means 1s.
+	ReconnectDelay time.Duration
+
+	// PubEndpoint, if set, replaces PodIP and PubPort: tcp://host:port, tcp://[ipv6]:port or ipc://path.
+	PubEndpoint string
+	// ReplayEndpoint, if set, replaces PodIP and RouterPort. Where PubEndpoint is set and this is not, there are no
+	// replays.
+	ReplayEndpoint string
+	// NoReplay says that the engine has no replay endpoint. Then a lost connection cannot be made good.
+	NoReplay bool
+	// Listen makes the client wait on PubEndpoint for the engine to connect, which is what vLLM does for an endpoint
+	// without a wildcard. One engine at a time: a new connection from the same host replaces the old one.
+	Listen bool
+	// Topic is the prefix of the topics to subscribe to. Empty means all.
+	Topic string
+	// Rank is the data-parallel rank that publishes on this port. It stands in where batches do not say theirs.
+	Rank int
+	// FromSequence is the first sequence number wanted. Zero asks for everything the engine still has, which is what
+	// an exact state needs.
+	FromSequence uint64
+
+	// MaxMessage limits one message in bytes; a longer one closes the connection. Zero means 64 MiB.
+	MaxMessage int
+	// MaxHold limits the bytes of live messages that are held during a replay. Beyond it they are dropped, and fetched
+	// by another replay. Zero means 64 MiB.
+	MaxHold int
+	// StopTimeout is how long Stop waits for a handler call that is running. Zero means 5s.
+	StopTimeout time.Duration
+
+	// Logger receives changes of state; nil means silence.
+	Logger *slog.Logger
+	// Registerer receives this client's metrics. Nil means what InitializeMetrics registered with the default
+	// registry, and no metrics if that was never called.
+	Registerer prometheus.Registerer
+
+	// Dial and ListenFunc replace the network, for tests. Nil means the real one.
+	Dial       func(ctx context.Context, network, address string) (net.Conn, error)
+	ListenFunc func(ctx context.Context, network, address string) (net.Listener, error)
+}
+
+// DefaultZMQClientConfig returns the configuration of an engine at vLLM's usual ports.
+func DefaultZMQClientConfig(podKey, podIP, modelName string) *ZMQClientConfig {
+	return &ZMQClientConfig{
+		PodKey:         podKey,
+		PodIP:          podIP,
+		ModelName:      modelName,
+		PubPort:        DefaultPubPort,
+		RouterPort:     DefaultRouterPort,
+		PollTimeout:    DefaultPollTimeout,
+		ReplayTimeout:  DefaultReplayTimeout,
+		ReconnectDelay: DefaultReconnectInterval,
+	}
+}
+
+// ErrInvalidConfig is matched by every error of ValidateConfig.
+var ErrInvalidConfig = errors.New("kvcache: invalid configuration")
+
+// ValidateConfig reports what keeps a client from starting with config, or nil.
+func ValidateConfig(config *ZMQClientConfig) error {
+	if config == nil {
+		return fmt.Errorf("%w: it is nil", ErrInvalidConfig)
+	}
+	for _, d := range []struct {
+		name  string
+		value time.Duration
+	}{
+		{"ReplayTimeout", config.ReplayTimeout},
+		{"ReconnectDelay", config.ReconnectDelay},
+		{"StopTimeout", config.StopTimeout},
+	} {
+		if d.value < 0 {
+			return fmt.Errorf("%w: %s is negative: %v", ErrInvalidConfig, d.name, d.value)
+		}
+	}
+	for _, n := range []struct {
+		name  string
+		value int
+	}{{"MaxMessage", config.MaxMessage}, {"MaxHold", config.MaxHold}, {"Rank", config.Rank}} {
+		if n.value < 0 {
+			return fmt.Errorf("%w: %s is negative: %d", ErrInvalidConfig, n.name, n.value)
+		}
+	}
+	if config.Listen && config.PubEndpoint == "" {
+		return fmt.Errorf("%w: Listen needs PubEndpoint, such as tcp://*:5557", ErrInvalidConfig)
+	}
+	pub, err := config.pubEndpoint()
+	if err != nil {
+		return err
+	}
+	replay, err := config.replayEndpoint()
+	if err != nil {
+		return err
+	}
+	if pub == replay {
+		return fmt.Errorf("%w: events and replay are both at %s; a rank's port may have met another rank's replay port",
+			ErrInvalidConfig, pub)
+	}
+	return nil
+}
+
+// pubEndpoint returns where events come from.
+func (c *ZMQClientConfig) pubEndpoint() (string, error) {
+	return c.endpoint("PubEndpoint", c.PubEndpoint, "PubPort", c.PubPort)
+}
+
+// replayEndpoint returns where replays are asked for, or "" if nowhere.
+func (c *ZMQClientConfig) replayEndpoint() (string, error) {
+	// An explicit PubEndpoint says nothing about where a replay would be.
+	if c.NoReplay || (c.ReplayEndpoint == "" && c.PubEndpoint != "") {
+		return "", nil
+	}
+	return c.endpoint("ReplayEndpoint", c.ReplayEndpoint, "RouterPort", c.RouterPort)
+}
+
+func (c *ZMQClientConfig) endpoint(name, explicit, portName string, port int) (string, error) {
+	if explicit != "" {
+		if _, _, err := zmtp.ParseEndpoint(explicit); err != nil {
+			return "", fmt.Errorf("%w: %s: %w", ErrInvalidConfig, name, err)
+		}
+		return explicit, nil
+	}
+	if c.PodIP == "" {
+		return "", fmt.Errorf("%w: PodIP is required where %s is not set", ErrInvalidConfig, name)
+	}
+	ip, err := netip.ParseAddr(c.PodIP)
+	if err != nil {
+		return "", fmt.Errorf("%w: PodIP is not an IP address: %q (a host name goes into %s)",
+			ErrInvalidConfig, c.PodIP, name)
+	}
+	if port < 1 || port > 65535 {
+		return "", fmt.Errorf("%w: %s is not a TCP port: %d", ErrInvalidConfig, portName, port)
+	}
+	return "tcp://" + net.JoinHostPort(ip.String(), strconv.Itoa(port)), nil
+}

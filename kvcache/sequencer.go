@@ -1,0 +1,416 @@
+// Copyright 2026 The kvtap Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package kvcache
+
+import "math"
+
+// sequencer decides, number by number, what becomes of an engine's messages. It is pure: it does no I/O, knows no time
+// and is driven by one caller at a time. The caller obeys the decisions in order: reset first, then the verdict on the
+// message in hand, then replay.
+//
+// An engine numbers its batches from 0 (some from 1) and starts again when it restarts. A life is one such run. What
+// proves that an answer comes from the same life is the last delivered batch: its number and its bytes. The caller
+// keeps the bytes, and says of each message whether it is the same.
+type sequencer struct {
+	// replayable says that there is a replay endpoint to ask.
+	replayable bool
+	// want is the first number the caller cares for; above 0 the bound cannot become exact by a replay.
+	want uint64
+
+	state  State
+	bound  Bound
+	reason Reason
+
+	// started says that a batch of the current life was delivered. last is the highest delivered number; everything from
+	// the life's first delivered number to last was delivered once or settled.
+	started bool
+	last    uint64
+
+	// opened says that the first connection was made and the handler told to start afresh.
+	opened bool
+	// wasLive says that the stream was complete once.
+	wasLive bool
+	// missedTo is the number up to which missing ones were counted, so that each is counted once.
+	missedTo uint64
+	// verified says that the current connection is known to be of the current life.
+	verified bool
+	// holding says that live messages are kept back until a replay has filled what comes before them.
+	holding bool
+	// givenUp says that replays failed too often on this connection; it is treated as if there were none.
+	givenUp bool
+	// newest is the highest number seen live on the current connection.
+	newest    uint64
+	hasNewest bool
+
+	ask ask
+	// failures counts replays in a row that gave no valid answer, stalls those that gave one and nothing new though
+	// something is missing.
+	failures, stalls int
+}
+
+// ask is one replay, asked for and not yet over.
+type ask struct {
+	from uint64
+	// verify says that from was delivered before, so that the answer must begin with it.
+	verify bool
+	// count is the number of messages at or after from in the answer so far.
+	count int
+	// progress says that the answer delivered a batch or settled a number.
+	progress bool
+}
+
+// The limits after which the sequencer stops asking for what does not come.
+const (
+	maxReplayFailures = 3
+	maxReplayStalls   = 3
+)
+
+// endMarker is the number that ends a replay. No batch has it.
+const endMarker = math.MaxUint64
+
+type verdict uint8
+
+const (
+	drop    verdict = iota // nothing to do with the message
+	deliver                // hand it on now
+	hold                   // keep it until the replay is over
+)
+
+// decision is what the caller has to do.
+type decision struct {
+	reset   Reason // tell the handler to forget, before anything else
+	verdict verdict
+	// replay says to end the replay that runs, if any, and to begin the one that sequencer.ask describes.
+	replay bool
+	// dropHeld says that the messages held so far belong to another life.
+	dropHeld bool
+
+	missed    uint64 // numbers newly found missing
+	burned    uint64 // numbers found never to have been sent
+	duplicate bool   // the message was delivered before
+	invalid   bool   // the number makes no sense
+}
+
+// connect tells of a new connection that is subscribed.
+func (s *sequencer) connect() (d decision) {
+	s.verified, s.hasNewest, s.givenUp = false, false, false
+	s.failures, s.stalls = 0, 0
+	first := !s.opened
+	s.opened = true
+	if first {
+		s.forget(ReasonStart)
+		d.reset = ReasonStart
+	}
+	if s.replayable {
+		s.state = StateSyncing
+		if s.wasLive {
+			s.state = StateRecovering
+		}
+		if s.started && s.bound == BoundUnknown {
+			// Going on from the last delivered batch would leave the bound unknown for ever; a fresh history does not.
+			d.reset = ReasonHistoryLost
+			s.forget(d.reset)
+		}
+		s.request(&d)
+		return d
+	}
+	s.state, s.wasLive = StateLive, true
+	if s.started {
+		s.lower(BoundUnknown, ReasonReconnect)
+	}
+	return d
+}
+
+// disconnect tells that the connection is gone. Held messages are lost with it.
+func (s *sequencer) disconnect() {
+	s.holding = false
+	s.state = StateConnecting
+	if s.wasLive {
+		s.state = StateRecovering
+	}
+}
+
+// live takes a message that came from the subscription. same says that it is the last delivered one, byte for byte.
+func (s *sequencer) live(seq uint64, same bool) (d decision) {
+	if seq == endMarker {
+		d.invalid = true
+		return d
+	}
+	if s.hasNewest && seq <= s.newest {
+		if seq == s.last && s.started && same {
+			d.duplicate = true
+			return d
+		}
+		// A connection carries rising numbers, so one that goes back means another process answers behind it.
+		s.newest = seq
+		return s.restart(seq)
+	}
+	s.newest, s.hasNewest = seq, true
+	if s.holding {
+		d.verdict = hold
+		return d
+	}
+	return s.next(seq)
+}
+
+// held takes a held message again, in order, after the replay. A decision to replay keeps it and those behind it held.
+func (s *sequencer) held(seq uint64) decision { return s.next(seq) }
+
+// next places a message after the last delivered one.
+func (s *sequencer) next(seq uint64) (d decision) {
+	asking := s.replayable && !s.givenUp
+	switch {
+	case !s.started && seq < s.want:
+		return d // before what the caller wants
+	case !s.started && asking && seq > s.want:
+		// The replay said that there was nothing, and yet this is not the first.
+		return s.gap(s.want, seq)
+	case !s.started:
+		s.first(seq)
+		d.verdict = deliver
+	case seq == s.last+1:
+		d.verdict = deliver
+	case seq <= s.last && s.verified:
+		d.duplicate = true // it came by replay as well
+		return d
+	case seq <= s.last:
+		return s.restart(seq)
+	case asking:
+		return s.gap(s.last+1, seq)
+	default:
+		d.missed = s.miss(s.last+1, seq)
+		s.lower(BoundUnknown, ReasonGap)
+		d.verdict = deliver
+	}
+	s.verified = true
+	return d
+}
+
+// gap asks for the numbers from next up to seq, which are missing, and keeps seq for later. If asking did not help
+// before, they are lost and seq begins the history anew.
+func (s *sequencer) gap(next, seq uint64) (d decision) {
+	if s.stalls >= maxReplayStalls {
+		d.reset = ReasonHistoryLost
+		s.forget(d.reset)
+		s.first(seq)
+		s.verified = true
+		d.verdict = deliver
+		return d
+	}
+	d.missed = s.miss(next, seq)
+	s.stalls++
+	s.state = StateRecovering
+	d.verdict = hold
+	s.request(&d)
+	return d
+}
+
+// miss returns how many of the numbers from next up to seq were not counted as missing before.
+func (s *sequencer) miss(next, seq uint64) uint64 {
+	next = max(next, s.missedTo)
+	s.missedTo = max(s.missedTo, seq)
+	return s.missedTo - next
+}
+
+// restart forgets the life that ended, and goes on with seq as a message of the new one.
+func (s *sequencer) restart(seq uint64) (d decision) {
+	d.reset, d.dropHeld = ReasonRestart, true
+	s.forget(ReasonRestart)
+	if s.replayable && !s.givenUp {
+		s.stalls = 0
+		s.state = StateRecovering
+		d.verdict = hold
+		s.request(&d)
+		return d
+	}
+	s.first(seq)
+	s.verified = true
+	d.verdict = deliver
+	return d
+}
+
+// replayed takes one message of the replay that runs; same is as in live.
+func (s *sequencer) replayed(seq uint64, same bool) (d decision) {
+	a := &s.ask
+	if seq == endMarker {
+		d.invalid = true
+		return d
+	}
+	if seq < a.from {
+		return d // older than was asked for
+	}
+	first := a.count == 0
+	a.count++
+	if first && a.verify {
+		switch {
+		case seq > a.from:
+			// The engine no longer holds the batch that would tell whether this is the same life.
+			d.reset = ReasonHistoryLost
+			s.forget(d.reset)
+		case !same:
+			return s.replaced()
+		default:
+			s.verified = true
+			d.duplicate = true
+			return d
+		}
+	}
+	switch {
+	case !s.started:
+		s.first(seq)
+	case seq <= s.last:
+		d.duplicate = true
+		return d
+	case seq > s.last+1 && a.count == 2 && a.from == s.last:
+		// The number asked for and this one came with nothing between them, and nothing can have been dropped yet: the
+		// numbers between were taken and never sent.
+		d.burned = seq - s.last - 1
+	case seq > s.last+1:
+		// Dropped on the way, or burned: asking from the last delivered number will tell.
+		s.request(&d)
+		return d
+	}
+	s.verified = true
+	a.progress = true
+	s.stalls = 0
+	d.verdict = deliver
+	return d
+}
+
+// replaced forgets the life that ended, which a replay showed, and asks for the new one from its beginning.
+func (s *sequencer) replaced() (d decision) {
+	d.reset = ReasonRestart
+	if s.verified {
+		// The connection was of the old life, and so is what it brought.
+		d.dropHeld, s.hasNewest = true, false
+	}
+	s.forget(d.reset)
+	s.state = StateRecovering
+	s.request(&d)
+	return d
+}
+
+// replayEnded tells that no more is coming: by the end marker, or by silence, or after messages were dropped from the
+// hold meanwhile. If the decision is not to replay again, the caller passes the held messages to held, then calls
+// settle.
+func (s *sequencer) replayEnded(marker, holdDropped bool) (d decision) {
+	a := s.ask
+	switch {
+	case a.count == 0 && !marker:
+		return s.replayFailed()
+	case a.count == 0 && a.verify:
+		// Not even the number asked for: the process that sent it is gone.
+		s.failures = 0
+		return s.replaced()
+	case a.count == 0 && s.want == 0:
+		// Nothing was ever published: the empty history is whole.
+		s.bound, s.reason = BoundExact, ""
+	case a.count == 0:
+		s.reason = ReasonLateStart
+	}
+	s.failures = 0
+	// Silence without the marker may hide a lost end, and so does a hold that overflowed.
+	if (!marker && a.progress) || holdDropped {
+		s.request(&d)
+		return d
+	}
+	s.verified = true
+	return d
+}
+
+// replayFailed tells that the replay gave no valid answer. The decision is to ask again, or to go on without.
+func (s *sequencer) replayFailed() (d decision) {
+	s.failures++
+	if s.failures < maxReplayFailures {
+		s.request(&d)
+		return d
+	}
+	s.givenUp = true
+	switch {
+	case s.started && s.verified:
+		s.lower(BoundUnknown, ReasonGap)
+	case s.started:
+		s.lower(BoundUnknown, ReasonReconnect)
+	}
+	return d
+}
+
+// settle tells that the held messages were all placed. From now on live messages are handed on as they come, unless one
+// that was seen is neither here nor was it held, for want of room: then another replay has to bring it.
+func (s *sequencer) settle() (d decision) {
+	if s.hasNewest && s.newest >= s.want && (!s.started || s.newest > s.last) {
+		switch {
+		case s.givenUp || !s.replayable:
+			s.lower(BoundUnknown, ReasonGap)
+		case s.stalls < maxReplayStalls:
+			s.stalls++
+			s.request(&d)
+			return d
+		default:
+			d.reset = ReasonHistoryLost
+			s.forget(d.reset)
+		}
+	}
+	s.holding = false
+	s.stalls = 0
+	s.state, s.wasLive = StateLive, true
+	return d
+}
+
+// delivered records that a batch was handed on.
+func (s *sequencer) delivered(seq uint64) { s.started, s.last = true, seq }
+
+// cleared tells that the batch just delivered emptied the engine's cache: nothing older matters any more.
+func (s *sequencer) cleared() { s.bound, s.reason = BoundExact, "" }
+
+// unreadable tells that something in the stream could not be read. If it may have removed blocks, everything claimed so
+// far is in doubt and forgotten; the numbers go on.
+func (s *sequencer) unreadable(mayRemove bool) (d decision) {
+	if mayRemove {
+		d.reset = ReasonUnreadable
+		s.bound, s.reason = BoundAtLeast, ReasonUnreadable
+		return d
+	}
+	s.lower(BoundAtLeast, ReasonUnreadable)
+	return d
+}
+
+// request makes the decision ask for a replay: from the last delivered number, whose bytes prove the life, else from
+// the first one wanted.
+func (s *sequencer) request(d *decision) {
+	s.holding = true
+	s.ask = ask{from: s.want}
+	if s.started {
+		s.ask = ask{from: s.last, verify: true}
+	}
+	d.replay = true
+}
+
+// forget ends a life. Nothing is claimed any more, so nothing claimed is gone.
+func (s *sequencer) forget(reason Reason) {
+	s.started, s.missedTo = false, 0
+	s.bound, s.reason = BoundAtLeast, reason
+	if reason != ReasonStart {
+		s.want = 0 // it meant a number of the life that ended
+	}
+}
+
+// first judges the first number of a life.
+func (s *sequencer) first(seq uint64) {
+	switch {
+	case seq == 0:
+		s.bound, s.reason = BoundExact, ""
+	case s.reason == ReasonStart:
+		s.bound, s.reason = BoundAtLeast, ReasonLateStart
+	default:
+		s.bound, s.reason = BoundAtLeast, ReasonHistoryLost
+	}
+}
+
+// lower takes the bound down to at most b.
+func (s *sequencer) lower(b Bound, reason Reason) {
+	if b < s.bound {
+		s.bound, s.reason = b, reason
+	}
+}

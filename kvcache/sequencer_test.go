@@ -1,0 +1,609 @@
+// Copyright 2026 The kvtap Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package kvcache
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"testing"
+)
+
+// A rig drives a sequencer as the client does, beside a naive engine: lists and loops, nothing clever.
+type rig struct {
+	t   testing.TB
+	seq sequencer
+
+	// The engine. published holds all of the current life; kept are the numbers that its replay buffer still has.
+	life      uint64
+	published []batchID
+	kept      []batchID
+	next      uint64
+	burned    map[batchID]bool
+
+	// The network.
+	connected bool
+	wire      []batchID // sent live, not yet read
+	answer    *answer   // the replay that runs
+	lossy     bool      // the next answer loses messages
+	failing   int       // so many answers fail
+
+	// The client.
+	held      []batchID
+	asked     bool
+	delivered []batchID // since the last reset
+	last      batchID   // delivered last, resets or not
+	resets    []Reason
+	trace     []string
+}
+
+type batchID struct{ life, seq uint64 }
+
+type answer struct {
+	messages []batchID
+	marker   bool
+}
+
+func newRig(t testing.TB, replayable bool) *rig {
+	return &rig{t: t, seq: sequencer{replayable: replayable, bound: BoundAtLeast}, burned: map[batchID]bool{}}
+}
+
+func (r *rig) note(format string, args ...any) {
+	r.trace = append(r.trace, fmt.Sprintf(format, args...))
+}
+
+func (r *rig) fatalf(format string, args ...any) {
+	r.t.Helper()
+	for _, line := range r.trace {
+		r.t.Log(line)
+	}
+	r.t.Fatalf(format, args...)
+}
+
+// The engine's side.
+
+func (r *rig) publish(reaches bool) {
+	b := batchID{r.life, r.next}
+	r.next++
+	r.note("publish %v, arrives: %v", b, reaches)
+	r.published = append(r.published, b)
+	r.kept = append(r.kept, b)
+	if r.connected && reaches {
+		r.wire = append(r.wire, b)
+	}
+}
+
+func (r *rig) burn() {
+	r.note("burn %d", r.next)
+	r.burned[batchID{r.life, r.next}] = true
+	r.next++
+}
+
+func (r *rig) restart() {
+	r.note("restart")
+	r.disconnect()
+	r.life++
+	r.published, r.kept, r.next = nil, nil, 0
+}
+
+func (r *rig) trim(n int) {
+	n = min(n, len(r.kept))
+	r.note("trim %d", n)
+	r.kept = r.kept[n:]
+}
+
+// The client's side.
+
+func (r *rig) same(b batchID) bool { return b == r.last }
+
+func (r *rig) connect() {
+	if r.connected {
+		return
+	}
+	r.note("connect")
+	r.connected = true
+	r.obey(r.seq.connect(), batchID{}, false)
+}
+
+func (r *rig) disconnect() {
+	if !r.connected {
+		return
+	}
+	r.note("disconnect")
+	r.connected, r.wire, r.held, r.answer, r.asked = false, nil, nil, nil, false
+	r.seq.disconnect()
+}
+
+func (r *rig) readLive() bool {
+	if len(r.wire) == 0 {
+		return false
+	}
+	b := r.wire[0]
+	r.wire = r.wire[1:]
+	r.note("read %v", b)
+	r.obey(r.seq.live(b.seq, r.same(b)), b, false)
+	return true
+}
+
+func (r *rig) readReplay() bool {
+	if !r.asked {
+		return false
+	}
+	if r.answer == nil {
+		if r.failing > 0 {
+			r.failing--
+			r.note("replay fails")
+			r.over(r.seq.replayFailed())
+			return true
+		}
+		r.answer = &answer{marker: true}
+		for _, b := range r.kept {
+			if b.seq >= r.seq.ask.from {
+				r.answer.messages = append(r.answer.messages, b)
+			}
+		}
+		if r.lossy { // libzmq drops the middle or the end of a long answer, never its beginning
+			r.lossy = false
+			m := r.answer.messages
+			if len(m) > 2 {
+				r.answer.messages = slices.Delete(m, 2, 2+(len(m)-2+1)/2)
+				r.answer.marker = len(m)%2 == 0
+			}
+		}
+		r.note("replay from %d: %v, marker: %v", r.seq.ask.from, r.answer.messages, r.answer.marker)
+	}
+	if len(r.answer.messages) == 0 {
+		marker := r.answer.marker
+		r.answer = nil
+		r.note("replay ends, marker: %v", marker)
+		r.over(r.seq.replayEnded(marker, false))
+		return true
+	}
+	b := r.answer.messages[0]
+	r.answer.messages = r.answer.messages[1:]
+	r.obey(r.seq.replayed(b.seq, r.same(b)), b, false)
+	return true
+}
+
+// over ends a replay: another one, or the held messages and then live ones.
+func (r *rig) over(d decision) {
+	r.asked = false
+	r.obey(d, batchID{}, false)
+	if d.replay {
+		return
+	}
+	for len(r.held) > 0 {
+		b := r.held[0]
+		d := r.seq.held(b.seq)
+		r.obey(d, b, true)
+		if d.replay {
+			return
+		}
+		r.held = r.held[1:]
+	}
+	r.obey(r.seq.settle(), batchID{}, true)
+}
+
+func (r *rig) obey(d decision, b batchID, held bool) {
+	if d.dropHeld && !held {
+		r.held = nil
+	}
+	if d.reset != "" {
+		r.note("  reset: %s", d.reset)
+		r.resets = append(r.resets, d.reset)
+		r.delivered = nil
+	}
+	switch d.verdict {
+	case deliver:
+		r.note("  deliver %v", b)
+		r.deliver(b)
+		r.seq.delivered(b.seq)
+		r.last = b
+	case hold:
+		if !held {
+			r.held = append(r.held, b)
+		}
+	}
+	if d.replay {
+		r.asked, r.answer = true, nil
+	}
+}
+
+// deliver checks what a handler relies on.
+func (r *rig) deliver(b batchID) {
+	if n := len(r.delivered); n > 0 {
+		last := r.delivered[n-1]
+		if last.life != b.life && r.seq.bound != BoundUnknown {
+			r.fatalf("delivered %v after %v without a reset", b, last)
+		}
+		if last.life == b.life && b.seq <= last.seq {
+			r.fatalf("delivered %v after %v", b, last)
+		}
+		if last.life == b.life && r.seq.bound != BoundUnknown {
+			for seq := last.seq + 1; seq < b.seq; seq++ {
+				if !r.burned[batchID{b.life, seq}] {
+					r.fatalf("delivered %v after %v: %d is missing and the bound is %v", b, last, seq, r.seq.bound)
+				}
+			}
+		}
+	}
+	r.delivered = append(r.delivered, b)
+}
+
+// quiet heals the network, lets the engine publish once more and drains everything.
+func (r *rig) quiet() {
+	r.lossy, r.failing = false, 0
+	r.connect()
+	r.drain()
+	r.publish(true) // without it nothing shows that the newest batch was lost on the way
+	r.drain()
+}
+
+func (r *rig) drain() {
+	for range 10_000 {
+		if !r.readLive() && !r.readReplay() {
+			return
+		}
+	}
+	r.fatalf("it never comes to rest")
+}
+
+// check compares what was delivered since the last reset with what the engine published in its life.
+func (r *rig) check() {
+	if r.seq.state != StateLive {
+		r.fatalf("state is %v", r.seq.state)
+	}
+	switch r.seq.bound {
+	case BoundExact:
+		if !slices.Equal(r.delivered, r.published) {
+			r.fatalf("exact, and yet delivered\n%v of\n%v", r.delivered, r.published)
+		}
+	case BoundAtLeast:
+		if n := len(r.published) - len(r.delivered); n < 0 || !slices.Equal(r.delivered, r.published[n:]) {
+			r.fatalf("at_least, and delivered\n%v is no end of\n%v", r.delivered, r.published)
+		}
+	}
+}
+
+// play runs a script, one operation a byte, and checks where it ends.
+func play(t testing.TB, script []byte, replayable bool) *rig {
+	r := newRig(t, replayable)
+	for _, op := range script {
+		switch arg := int(op >> 4); op % 16 {
+		case 0, 1, 2:
+			r.publish(true)
+		case 3:
+			r.publish(false)
+		case 4:
+			r.burn()
+		case 5, 6, 7:
+			r.readLive()
+		case 8, 9, 10:
+			r.readReplay()
+		case 11:
+			r.disconnect()
+		case 12:
+			r.connect()
+		case 13:
+			if arg < 4 { // rarer than the rest, or no life would last
+				r.restart()
+			}
+		case 14:
+			r.trim(arg % 4)
+		case 15:
+			if arg < 8 {
+				r.lossy = true
+			} else {
+				r.failing = arg % 3
+			}
+		}
+	}
+	r.quiet()
+	return r
+}
+
+func TestSequencerAgreesWithANaiveEngine(t *testing.T) {
+	t.Parallel()
+	for _, replayable := range []bool{true, false} {
+		for seed := range uint64(3000) {
+			rnd := rand.New(rand.NewPCG(seed, 1))
+			script := make([]byte, 5+rnd.IntN(120))
+			for i := range script {
+				script[i] = byte(rnd.Uint32())
+			}
+			r := play(t, script, replayable)
+			r.check()
+			if replayable && r.seq.bound == BoundUnknown && !r.seq.givenUp {
+				r.fatalf("seed %d: unknown, though replays were answered", seed)
+			}
+		}
+	}
+}
+
+func FuzzSequencer(f *testing.F) {
+	f.Add([]byte{12, 0, 5, 8, 8, 3, 0, 5, 8, 8, 8}, true)
+	f.Add([]byte{12, 0, 0, 5, 13, 12, 0, 5}, false)
+	f.Fuzz(func(t *testing.T, script []byte, replayable bool) {
+		if len(script) > 400 {
+			return
+		}
+		play(t, script, replayable).check()
+	})
+}
+
+func TestSequencer(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name       string
+		replayable bool
+		run        func(r *rig)
+		delivered  []uint64 // numbers since the last reset
+		resets     []Reason
+		bound      Bound
+		reason     Reason
+	}{
+		{
+			name: "what was published before the start comes first, and nothing twice", replayable: true,
+			run: func(r *rig) {
+				r.publish(true)
+				r.publish(true)
+				r.connect()
+				r.publish(true)
+				r.drain()
+			},
+			delivered: []uint64{0, 1, 2}, resets: []Reason{ReasonStart}, bound: BoundExact,
+		},
+		{
+			name: "an engine that has said nothing is known exactly", replayable: true,
+			run:    func(r *rig) { r.connect(); r.drain() },
+			resets: []Reason{ReasonStart}, bound: BoundExact,
+		},
+		{
+			name: "a gap is filled by a replay", replayable: true,
+			run: func(r *rig) {
+				r.connect()
+				r.drain()
+				r.publish(true)
+				r.publish(false)
+				r.publish(false)
+				r.publish(true)
+				r.drain()
+			},
+			delivered: []uint64{0, 1, 2, 3}, resets: []Reason{ReasonStart}, bound: BoundExact,
+		},
+		{
+			name: "burned numbers in a row are settled", replayable: true,
+			run: func(r *rig) {
+				r.connect()
+				r.publish(true)
+				r.burn()
+				r.burn()
+				r.publish(true)
+				r.drain()
+			},
+			delivered: []uint64{0, 3}, resets: []Reason{ReasonStart}, bound: BoundExact,
+		},
+		{
+			name: "a restart that overtook the old number is noticed by the bytes", replayable: true,
+			run: func(r *rig) {
+				r.connect()
+				r.publish(true)
+				r.publish(true)
+				r.drain()
+				r.restart()
+				for range 5 {
+					r.publish(true)
+				}
+				r.connect()
+				r.drain()
+			},
+			delivered: []uint64{0, 1, 2, 3, 4}, resets: []Reason{ReasonStart, ReasonRestart}, bound: BoundExact,
+		},
+		{
+			name: "a restarted engine that has said nothing yet holds nothing", replayable: true,
+			run: func(r *rig) {
+				r.connect()
+				r.publish(true)
+				r.drain()
+				r.restart()
+				r.connect()
+				r.drain()
+			},
+			resets: []Reason{ReasonStart, ReasonRestart}, bound: BoundExact,
+		},
+		{
+			name: "an engine that forgot the last delivered batch may be another one", replayable: true,
+			run: func(r *rig) {
+				r.connect()
+				r.publish(true)
+				r.drain()
+				r.disconnect()
+				r.publish(true)
+				r.publish(true)
+				r.trim(2)
+				r.connect()
+				r.drain()
+			},
+			delivered: []uint64{2}, resets: []Reason{ReasonStart, ReasonHistoryLost},
+			bound: BoundAtLeast, reason: ReasonHistoryLost,
+		},
+		{
+			name: "a late start is at least what it saw", replayable: true,
+			run: func(r *rig) {
+				r.publish(true)
+				r.publish(true)
+				r.trim(1)
+				r.connect()
+				r.drain()
+			},
+			delivered: []uint64{1}, resets: []Reason{ReasonStart}, bound: BoundAtLeast, reason: ReasonLateStart,
+		},
+		{
+			name: "replays that fail three times are given up for this connection", replayable: true,
+			run: func(r *rig) {
+				r.connect()
+				r.publish(true)
+				r.drain()
+				r.disconnect()
+				r.publish(true)
+				r.failing = 3
+				r.connect()
+				r.publish(true)
+				r.drain()
+			},
+			delivered: []uint64{0, 2}, resets: []Reason{ReasonStart}, bound: BoundUnknown, reason: ReasonReconnect,
+		},
+		{
+			name: "without a replay endpoint the first number tells what was seen",
+			run: func(r *rig) {
+				r.connect()
+				r.publish(true)
+				r.publish(true)
+				r.drain()
+			},
+			delivered: []uint64{0, 1}, resets: []Reason{ReasonStart}, bound: BoundExact,
+		},
+		{
+			name: "without a replay endpoint a gap makes the bound unknown",
+			run: func(r *rig) {
+				r.connect()
+				r.publish(true)
+				r.publish(false)
+				r.publish(true)
+				r.drain()
+			},
+			delivered: []uint64{0, 2}, resets: []Reason{ReasonStart}, bound: BoundUnknown, reason: ReasonGap,
+		},
+		{
+			name: "without a replay endpoint a fitting number after a reconnect proves nothing",
+			run: func(r *rig) {
+				r.connect()
+				r.publish(true)
+				r.drain()
+				r.disconnect()
+				r.connect()
+				r.publish(true)
+				r.drain()
+			},
+			delivered: []uint64{0, 1}, resets: []Reason{ReasonStart}, bound: BoundUnknown, reason: ReasonReconnect,
+		},
+		{
+			name: "without a replay endpoint a lower number after a reconnect is a restart",
+			run: func(r *rig) {
+				r.connect()
+				r.publish(true)
+				r.publish(true)
+				r.drain()
+				r.restart()
+				r.connect()
+				r.publish(true)
+				r.drain()
+			},
+			delivered: []uint64{0}, resets: []Reason{ReasonStart, ReasonRestart}, bound: BoundExact,
+		},
+		{
+			name: "a number that goes back on one connection is a restart",
+			run: func(r *rig) {
+				r.connect()
+				r.publish(true)
+				r.publish(true)
+				r.drain()
+				r.life, r.published, r.kept, r.next = 1, nil, nil, 0 // behind a proxy that kept the connection
+				r.publish(true)
+				r.drain()
+			},
+			delivered: []uint64{0}, resets: []Reason{ReasonStart, ReasonRestart}, bound: BoundExact,
+		},
+		{
+			name: "numbers before the wanted one are left out", replayable: true,
+			run: func(r *rig) {
+				r.seq.want = 2
+				r.publish(true)
+				r.connect()
+				r.publish(true)
+				r.publish(true)
+				r.publish(true)
+				r.drain()
+			},
+			delivered: []uint64{2, 3}, resets: []Reason{ReasonStart}, bound: BoundAtLeast, reason: ReasonLateStart,
+		},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			r := newRig(t, test.replayable)
+			test.run(r)
+			var got []uint64
+			for _, b := range r.delivered {
+				got = append(got, b.seq)
+			}
+			if !slices.Equal(got, test.delivered) {
+				r.fatalf("delivered %v, want %v", got, test.delivered)
+			}
+			if !slices.Equal(r.resets, test.resets) {
+				r.fatalf("resets %v, want %v", r.resets, test.resets)
+			}
+			if r.seq.bound != test.bound || r.seq.reason != test.reason {
+				r.fatalf("bound %v (%s), want %v (%s)", r.seq.bound, r.seq.reason, test.bound, test.reason)
+			}
+			if r.seq.state != StateLive {
+				r.fatalf("state %v, want live", r.seq.state)
+			}
+		})
+	}
+}
+
+func TestSequencerGivesUpOnWhatNoReplayBrings(t *testing.T) {
+	t.Parallel()
+	// The engine's replay answers, but its newest batches are never in it.
+	r := newRig(t, true)
+	r.connect()
+	r.publish(true)
+	r.drain()
+	r.next = 5
+	b := batchID{0, 5}
+	r.published = append(r.published, b)
+	r.wire = append(r.wire, b)
+	r.drain()
+	if want := []Reason{ReasonStart, ReasonHistoryLost}; !slices.Equal(r.resets, want) {
+		r.fatalf("resets %v, want %v", r.resets, want)
+	}
+	r.check()
+	if r.seq.bound != BoundAtLeast || r.seq.missedTo != 0 {
+		r.fatalf("bound %v, missed up to %d", r.seq.bound, r.seq.missedTo)
+	}
+}
+
+func TestSequencerRefusesTheEndMarkersNumber(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, true)
+	r.connect()
+	for _, d := range []decision{r.seq.replayed(endMarker, false), r.seq.live(endMarker, false)} {
+		if !d.invalid || d.verdict != drop {
+			t.Errorf("decision %+v, want an invalid message dropped", d)
+		}
+	}
+}
+
+func TestSequencerForgetsWhatAnUnreadableBatchMayHaveRemoved(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, true)
+	r.connect()
+	r.publish(true)
+	r.drain()
+	if d := r.seq.unreadable(false); d.reset != "" || r.seq.bound != BoundAtLeast || r.seq.reason != ReasonUnreadable {
+		t.Errorf("a skipped store: %+v, bound %v (%s)", d, r.seq.bound, r.seq.reason)
+	}
+	if d := r.seq.unreadable(true); d.reset != ReasonUnreadable || r.seq.bound != BoundAtLeast {
+		t.Errorf("a skipped removal: %+v, bound %v", d, r.seq.bound)
+	}
+	r.publish(true)
+	r.drain()
+	if r.seq.last != 1 {
+		t.Errorf("last %d, want 1: the numbers go on", r.seq.last)
+	}
+	r.seq.cleared()
+	if r.seq.bound != BoundExact || r.seq.reason != "" {
+		t.Errorf("after a clear: bound %v (%s)", r.seq.bound, r.seq.reason)
+	}
+}

@@ -188,33 +188,34 @@ func (b *Batch) tokens(p []byte) (v []uint32, stride int, rest []byte, ok bool) 
 	return v, stride, rest, true
 }
 
-// idForm says how to take a token id out of the 8 bytes, big-endian, that start with a given first byte.
-type idForm struct {
-	size  uint8 // in bytes with the first; 0 if this is no token id in the form that engines send
+// idSizes is the size in bytes of the token id that starts with a given byte, 0 if that is none in the form that engines
+// send.
+var idSizes = func() (sizes [256]uint8) {
+	for c := range 0x80 {
+		sizes[c] = 1
+	}
+	sizes[0xcc], sizes[0xcd], sizes[0xce] = 2, 3, 5
+	return sizes
+}()
+
+// idForms says how to take a token id of a given size out of the 8 bytes, big-endian, that it starts.
+var idForms = [8]struct {
 	shift uint8
 	mask  uint32
-}
-
-var idForms = func() (forms [256]idForm) {
-	for c := range 0x80 {
-		forms[c] = idForm{size: 1, shift: 56, mask: 0x7f}
-	}
-	forms[0xcc] = idForm{size: 2, shift: 48, mask: 0xff}
-	forms[0xcd] = idForm{size: 3, shift: 40, mask: 0xffff}
-	forms[0xce] = idForm{size: 5, shift: 24, mask: 0xffffffff}
-	return forms
-}()
+}{1: {56, 0x7f}, 2: {48, 0xff}, 3: {40, 0xffff}, 5: {24, 0xffffffff}}
 
 // ids fills v with token ids. They are most of every payload, and their lengths vary without a pattern that a
 // processor could predict, so that the usual form is read without a branch on it: a third less time than integer takes.
+// What each step waits for is only the byte at its beginning and its size.
 func ids(v []uint32, p []byte) (rest []byte, ok bool) {
 	at := 0
 	for i := range v {
 		if at+8 <= len(p) {
 			word := p[at : at+8]
-			if f := &idForms[word[0]]; f.size > 0 {
+			size := idSizes[word[0]]
+			if at += int(size); size > 0 {
+				f := &idForms[size&7]
 				v[i] = uint32(binary.BigEndian.Uint64(word)>>(f.shift&63)) & f.mask
-				at += int(f.size)
 				continue
 			}
 		}

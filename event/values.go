@@ -188,8 +188,8 @@ func (b *Batch) tokens(p []byte) (v []uint32, stride int, rest []byte, ok bool) 
 	return v, stride, rest, true
 }
 
-// idSizes is the size in bytes of the token id that starts with a given byte, 0 if that is none in the form that engines
-// send.
+// idSizes is the size in bytes of the token id that starts with a given byte, 0 if that is none in the form that
+// engines send.
 var idSizes = func() (sizes [256]uint8) {
 	for c := range 0x80 {
 		sizes[c] = 1

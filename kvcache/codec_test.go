@@ -16,30 +16,28 @@ import (
 	"github.com/kvtap/kvtap/kvcache"
 )
 
-func to[T any](v T) *T { return &v }
-
 func TestEncodedBatchesDecodeToThemselves(t *testing.T) {
 	t.Parallel()
 	at := time.Date(2026, 9, 10, 10, 26, 40, 123_457_000, time.UTC)
 	batch := &kvcache.EventBatch{
 		Timestamp:        at,
-		DataParallelRank: to(3),
+		DataParallelRank: new(3),
 		Events: []kvcache.KVEvent{
 			&kvcache.BlockStoredEvent{
 				Type: kvcache.EventTypeBlockStored, Timestamp: at, DataParallelRank: 3,
 				BlockHashes: []int64{1, -2}, TokenIDs: [][]int32{{1, 2}, {3, 4}}, TokenStride: 1, BlockSize: 2,
-				ParentBlockHash: to(int64(-9)), LoraID: to(int64(7)), LoraName: to("sql"), Medium: to("GPU"),
-				GroupIdx: to(int64(0)), Locality: to("REMOTE"), SpecKind: to("sliding_window"),
-				SlidingWindow: to(int64(64)), Ownership: to(""), SessionID: to("s-1"),
+				ParentBlockHash: new(int64(-9)), LoraID: new(int64(7)), LoraName: new("sql"), Medium: new("GPU"),
+				GroupIdx: new(int64(0)), Locality: new("REMOTE"), SpecKind: new("sliding_window"),
+				SlidingWindow: new(int64(64)), Ownership: new(""), SessionID: new("s-1"),
 				ExtraKeys: []event.BlockKeys{{{Kind: event.KeyTextOffset, Text: []byte("image"), Number: -3}}, nil},
 			},
 			&kvcache.BlockStoredEvent{
 				Type: kvcache.EventTypeBlockStored, Timestamp: at, DataParallelRank: 3, BlockHashes: []int64{6},
-				TokenIDs: [][]int32{nil}, TokenStride: 1, Medium: to("CPU"),
+				TokenIDs: [][]int32{nil}, TokenStride: 1, Medium: new("CPU"),
 			},
 			&kvcache.BlockRemovedEvent{
 				Type: kvcache.EventTypeBlockRemoved, Timestamp: at, DataParallelRank: 3, BlockHashes: []int64{1},
-				Medium: to("GPU"), GroupIdx: to(int64(0)), Locality: to("LOCAL"), Ownership: to("engine"),
+				Medium: new("GPU"), GroupIdx: new(int64(0)), Locality: new("LOCAL"), Ownership: new("engine"),
 			},
 			&kvcache.AllBlocksClearedEvent{Type: kvcache.EventTypeAllCleared, Timestamp: at, DataParallelRank: 3},
 		},
@@ -86,7 +84,7 @@ func TestEncodeRefusesWhatItCannotSay(t *testing.T) {
 		},
 		{
 			"SGLang's salt, for which vLLM has no field",
-			&kvcache.BlockStoredEvent{BlockHashes: []int64{1}, CacheSalt: to("tenant")},
+			&kvcache.BlockStoredEvent{BlockHashes: []int64{1}, CacheSalt: new("tenant")},
 			"cache_salt",
 		},
 		{

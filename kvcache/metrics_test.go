@@ -29,13 +29,14 @@ func gather(t *testing.T, reg prometheus.Gatherer) map[string]float64 {
 	values := map[string]float64{}
 	for _, f := range families {
 		for _, m := range f.GetMetric() {
-			name := strings.TrimPrefix(f.GetName(), "kvtap_kvcache_zmq_")
+			name := []string{strings.TrimPrefix(f.GetName(), "kvtap_kvcache_zmq_")}
 			for _, l := range m.GetLabel() {
 				if l.GetName() != "pod_key" && l.GetName() != "rank" {
-					name += ":" + l.GetValue()
+					name = append(name, l.GetValue())
 				}
 			}
-			values[name] += m.GetCounter().GetValue() + m.GetGauge().GetValue() + float64(m.GetHistogram().GetSampleCount())
+			values[strings.Join(name, ":")] += m.GetCounter().GetValue() + m.GetGauge().GetValue() +
+				float64(m.GetHistogram().GetSampleCount())
 		}
 	}
 	return values

@@ -190,8 +190,8 @@ func New(config Config) (*Engine, error) {
 	switch {
 	case config.Blocks < 0 || config.Blocks > 1<<30:
 		return nil, fmt.Errorf("enginesim: Blocks is %d, not between 1 and 2^30", config.Blocks)
-	case config.BlockSize < 0:
-		return nil, fmt.Errorf("enginesim: BlockSize is negative: %d", config.BlockSize)
+	case config.BlockSize < 0 || config.BlockSize > 1<<30:
+		return nil, fmt.Errorf("enginesim: BlockSize is %d, not between 1 and 2^30", config.BlockSize)
 	case config.HWM < 0:
 		return nil, fmt.Errorf("enginesim: HWM is negative: %d", config.HWM)
 	case config.TokensPerStep < 0:
@@ -286,7 +286,7 @@ func (e *Engine) Reset() error {
 // Run makes RequestsPerSecond steps a second until ctx ends, which is no error, or Close is called. Steps that were
 // missed by more than a second are not made up for.
 func (e *Engine) Run(ctx context.Context) error {
-	interval := time.Duration(float64(time.Second) / e.config.RequestsPerSecond)
+	interval := period(e.config.RequestsPerSecond)
 	timer := time.NewTimer(interval)
 	defer timer.Stop()
 	due := time.Now().Add(interval)
@@ -307,6 +307,13 @@ func (e *Engine) Run(ctx context.Context) error {
 		}
 		timer.Reset(time.Until(due))
 	}
+}
+
+// period returns the time between two events at a rate per second, which is above 0. A century bounds it: a slower rate
+// would not fit a Duration.
+func period(rate float64) time.Duration {
+	const century = 100 * 365 * 24 * time.Hour
+	return time.Duration(min(float64(time.Second)/rate, float64(century)))
 }
 
 // Publish sends a payload of the caller's making, which is copied, under the next number. It changes nothing in the

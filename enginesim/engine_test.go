@@ -571,9 +571,17 @@ func TestStartFailsClearly(t *testing.T) {
 	if err := first.Start(t.Context()); !errors.Is(err, enginesim.ErrClosed) {
 		t.Errorf("starting a closed engine: %v", err)
 	}
-	bad := newEngine(t, enginesim.Config{Quiet: true, PubEndpoint: "http://x"})
-	if err := bad.Start(t.Context()); err == nil || !strings.Contains(err.Error(), "http://x") {
-		t.Errorf("a bad endpoint: %v", err)
+	for _, config := range []enginesim.Config{
+		{PubEndpoint: "http://x"},
+		{PubEndpoint: "http://x", Connect: true},
+		{PubEndpoint: "tcp://*:5557", Connect: true},
+		{PubEndpoint: "tcp://127.0.0.1:0", Connect: true},
+	} {
+		config.Quiet, config.NoReplay = true, true
+		bad := newEngine(t, config)
+		if err := bad.Start(t.Context()); err == nil || !strings.Contains(err.Error(), config.PubEndpoint) {
+			t.Errorf("connect %v to the bad endpoint %s: %v", config.Connect, config.PubEndpoint, err)
+		}
 	}
 }
 
@@ -699,6 +707,7 @@ func TestConfigurationsThatCannotWork(t *testing.T) {
 	for field, config := range map[string]enginesim.Config{
 		"Blocks":            {Blocks: -1},
 		"BlockSize":         {BlockSize: -1},
+		"BlockSize is":      {BlockSize: 1<<30 + 1},
 		"HWM":               {HWM: -1},
 		"TokensPerStep":     {TokensPerStep: -1},
 		"MaxRunning":        {MaxRunning: -1},
@@ -770,6 +779,21 @@ func TestCloseEndsARun(t *testing.T) {
 		}
 		if err := <-ended; !errors.Is(err, enginesim.ErrClosed) {
 			t.Errorf("Run ended with %v", err)
+		}
+	})
+}
+
+func TestAVerySlowRunOnlyWaits(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		e := newEngine(t, enginesim.Config{RequestsPerSecond: 1e-300})
+		ctx, cancel := context.WithTimeout(t.Context(), 10*365*24*time.Hour)
+		defer cancel()
+		if err := e.Run(ctx); err != nil {
+			t.Error(err)
+		}
+		if s := e.Stats(); s.Requests != 0 {
+			t.Errorf("%d requests came in ten years", s.Requests)
 		}
 	})
 }

@@ -19,7 +19,7 @@ func Play(ctx context.Context, engine *Engine, batches iter.Seq2[uint64, []byte]
 	}
 	var interval time.Duration
 	if rate > 0 {
-		interval = time.Duration(float64(time.Second) / rate)
+		interval = period(rate)
 	}
 	timer := time.NewTimer(0)
 	defer timer.Stop()

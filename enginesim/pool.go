@@ -77,7 +77,7 @@ type block struct {
 	prevCopy, nextCopy int32 // the ring of blocks with this hash, oldest first; meaningful while cached
 }
 
-// NewPool returns an empty pool. It panics if a size is negative or there are more than 2^30 blocks.
+// NewPool returns an empty pool. It panics if a size is negative or above 2^30.
 func NewPool(config PoolConfig) *Pool {
 	if config.Blocks == 0 {
 		config.Blocks = 1024
@@ -85,7 +85,7 @@ func NewPool(config PoolConfig) *Pool {
 	if config.BlockSize == 0 {
 		config.BlockSize = 16
 	}
-	if config.Blocks < 0 || config.Blocks > 1<<30 || config.BlockSize < 0 {
+	if min(config.Blocks, config.BlockSize) < 0 || max(config.Blocks, config.BlockSize) > 1<<30 {
 		panic(fmt.Sprintf("enginesim: a pool of %d blocks of %d tokens", config.Blocks, config.BlockSize))
 	}
 	p := &Pool{

@@ -501,9 +501,11 @@ func TestHashesDependOnTheSeedAndOnEverythingBefore(t *testing.T) {
 	}
 }
 
-func TestAPoolOfNegativeSizePanics(t *testing.T) {
+func TestAPoolOfImpossibleSizePanics(t *testing.T) {
 	t.Parallel()
-	for _, config := range []enginesim.PoolConfig{{Blocks: -1}, {BlockSize: -1}, {Blocks: 1<<30 + 1}} {
+	for _, config := range []enginesim.PoolConfig{
+		{Blocks: -1}, {BlockSize: -1}, {Blocks: 1<<30 + 1}, {BlockSize: 1<<30 + 1},
+	} {
 		func() {
 			defer func() {
 				if recover() == nil {

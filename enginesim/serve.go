@@ -62,7 +62,16 @@ func (e *Engine) Start(ctx context.Context) error {
 
 // listen binds what is to be bound. Both may be non-nil even with an error.
 func (e *Engine) listen(ctx context.Context) (pub, replay net.Listener, err error) {
-	if !e.config.Connect {
+	if e.config.Connect {
+		network, address, err := zmtp.ParseEndpoint(e.config.PubEndpoint)
+		if err != nil {
+			return nil, nil, fmt.Errorf("enginesim: connecting the publisher: %w", err)
+		}
+		if network == "tcp" && (strings.HasPrefix(address, ":") || strings.HasSuffix(address, ":0")) {
+			return nil, nil, fmt.Errorf("enginesim: the publisher cannot connect to %s: a wildcard is for binding",
+				e.config.PubEndpoint)
+		}
+	} else {
 		if pub, err = zmtp.Listen(ctx, e.config.PubEndpoint, e.options()); err != nil {
 			return nil, nil, fmt.Errorf("enginesim: binding the publisher to %s: %w", e.config.PubEndpoint, err)
 		}

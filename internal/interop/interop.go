@@ -11,6 +11,7 @@ import (
 	"bufio"
 	"context"
 	_ "embed"
+	"errors"
 	"io"
 	"os"
 	"os/exec"
@@ -27,10 +28,15 @@ var peerPy string
 const patience = time.Minute
 
 var python = sync.OnceValues(func() (path, problem string) {
-	candidates := []string{"python3", "/usr/bin/python3"}
 	if named := os.Getenv("KVTAP_PYTHON"); named != "" {
-		candidates = []string{named}
+		return find(named)
 	}
+	return find("python3", "/usr/bin/python3")
+})
+
+// find returns the first candidate that can import zmq, or what each said.
+func find(candidates ...string) (path, problem string) {
+	var problems []string
 	for _, candidate := range candidates {
 		ctx, cancel := context.WithTimeout(context.Background(), patience)
 		defer cancel()
@@ -39,24 +45,28 @@ var python = sync.OnceValues(func() (path, problem string) {
 			return candidate, ""
 		}
 		lines := strings.Split(strings.TrimSpace(string(out)), "\n")
-		problem += "; " + candidate + ": " + err.Error() + " " + lines[len(lines)-1]
+		problems = append(problems, candidate+": "+err.Error()+" "+lines[len(lines)-1])
 	}
-	return "", strings.TrimPrefix(problem, "; ")
-})
+	return "", strings.Join(problems, "; ")
+}
 
 // Python returns a Python interpreter that can import zmq, or skips or fails the test.
 func Python(tb testing.TB) string {
 	tb.Helper()
 	path, problem := python()
-	switch {
-	case path != "":
-		return path
-	case os.Getenv("KVTAP_REQUIRE_INTEROP") == "1":
-		tb.Fatalf("no python with pyzmq, and KVTAP_REQUIRE_INTEROP=1: %s", problem)
-	default:
-		tb.Skipf("no python with pyzmq (Debian: python3-zmq): %s", problem)
+	if path == "" {
+		without(tb, problem, os.Getenv("KVTAP_REQUIRE_INTEROP") == "1")
 	}
-	return ""
+	return path
+}
+
+// without ends a test that finds no Python.
+func without(tb testing.TB, problem string, required bool) {
+	tb.Helper()
+	if required {
+		tb.Fatalf("no python with pyzmq, and KVTAP_REQUIRE_INTEROP=1: %s", problem)
+	}
+	tb.Skipf("no python with pyzmq (Debian: python3-zmq): %s", problem)
 }
 
 // Peer is a running peer.py. Its methods fail the test on any trouble and belong to the test's goroutine.
@@ -77,15 +87,9 @@ func Start(tb testing.TB, args ...string) *Peer {
 	cmd := exec.Command(Python(tb), append([]string{"-c", peerPy}, args...)...)
 	var complaints strings.Builder
 	cmd.Stderr = &complaints
-	stdin, err := cmd.StdinPipe()
-	if err != nil {
-		tb.Fatal(err)
-	}
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		tb.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
+	stdin, inErr := cmd.StdinPipe()
+	stdout, outErr := cmd.StdoutPipe()
+	if err := errors.Join(inErr, outErr, cmd.Start()); err != nil {
 		tb.Fatal(err)
 	}
 	p := &Peer{tb: tb, args: args, stdin: stdin, lines: make(chan string, 1024)}

@@ -217,20 +217,61 @@ func TestARequestWithoutBlocksWaitsOrTakesThemFromTheLastOne(t *testing.T) {
 	if s := e.Stats(); s.Running != 1 || s.Waiting != 2 || s.Preempted != 1 || s.UsedBlocks != 5 {
 		t.Errorf("one should have given way: %+v", s)
 	}
+	var order []int
+	for range 20 {
+		step(t, e)
+		for i, result := range []<-chan enginesim.Result{first, second, third} {
+			select {
+			case got := <-result:
+				order = append(order, i)
+				if got != (enginesim.Result{}) {
+					t.Errorf("request %d: %+v", i, got)
+				}
+			default:
+			}
+		}
+	}
+	if want := []int{0, 1, 2}; !slices.Equal(order, want) {
+		t.Errorf("the requests ended in the order %v, want %v: who gave way is the next", order, want)
+	}
+	if s := e.Stats(); s.Finished != 3 || s.UsedBlocks != 0 || s.PromptTokens != 36 {
+		t.Errorf("%+v", s)
+	}
+}
+
+func TestARequestThatGaveWayGoesOnWhereItWas(t *testing.T) {
+	t.Parallel()
+	e := newEngine(t, enginesim.Config{Quiet: true, BlockSize: 4, Blocks: 8, TokensPerStep: 4})
+	whole := [][]uint32{prompt(25), append([]uint32{1}, prompt(24)...)}
+	var results []<-chan enginesim.Result
+	for _, tokens := range whole {
+		results = append(results, e.Submit(enginesim.Request{Prompt: tokens[:12], Answer: tokens[12:]}))
+	}
 	for range 20 {
 		step(t, e)
 	}
-	for i, result := range []<-chan enginesim.Result{first, second, third} {
-		select {
-		case got := <-result:
-			if got != (enginesim.Result{}) {
-				t.Errorf("request %d: %+v", i, got)
-			}
-		default:
-			t.Errorf("request %d has not ended", i)
+	for _, result := range results {
+		if got := <-result; got.Err != nil {
+			t.Error(got.Err)
 		}
 	}
-	if s := e.Stats(); s.Finished != 3 || s.UsedBlocks != 0 || s.PromptTokens != 36 {
+	if s := e.Stats(); s.Preempted != 1 {
+		t.Fatalf("%+v", s)
+	}
+	if got := e.Match(enginesim.Request{Prompt: whole[1]}); got != 24 {
+		t.Errorf("%d tokens of prompt and answer are cached, want 24", got)
+	}
+}
+
+func TestNoRequestStartsInAStepInWhichOneGaveWay(t *testing.T) {
+	t.Parallel()
+	e := newEngine(t, enginesim.Config{Quiet: true, BlockSize: 4, Blocks: 7, TokensPerStep: 4})
+	for token := range uint32(2) {
+		e.Submit(enginesim.Request{Prompt: slices.Repeat([]uint32{token}, 12), Answer: prompt(13)})
+	}
+	step(t, e)
+	step(t, e) // the first takes the last block; the second finds none and gives up its own three, which would do to start
+	if s := e.Stats(); s.Running != 1 || s.Waiting != 1 || s.Preempted != 1 || s.UsedBlocks != 4 {
 		t.Errorf("%+v", s)
 	}
 }

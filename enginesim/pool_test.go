@@ -447,6 +447,31 @@ func TestTheTailOfAPromptIsEvictedFirst(t *testing.T) {
 	}
 }
 
+func TestTheOldestCopyIsReused(t *testing.T) {
+	t.Parallel()
+	p := enginesim.NewPool(enginesim.PoolConfig{Blocks: 5, BlockSize: 4})
+	// A prompt of one block never finds itself, so these are three copies.
+	a, b, c := admit(t, p, enginesim.Request{Prompt: prompt(4)}), admit(t, p, enginesim.Request{Prompt: prompt(4)}),
+		admit(t, p, enginesim.Request{Prompt: prompt(4)})
+	other := admit(t, p, enginesim.Request{Prompt: []uint32{1, 2, 3, 4}})
+	for _, s := range []*enginesim.Sequence{a, b, other, c} {
+		p.Release(s)
+	}
+	events := p.Events()
+	copied, lone := events[0].Hashes[0], events[3].Hashes[0]
+	admit(t, p, enginesim.Request{Prompt: []uint32{5, 6, 7, 8, 9}}) // evicts the first copy
+	p.Events()
+	// Now the second copy is the oldest. It is taken from the head of the queue, and the lone block comes next there;
+	// were it the third copy, the second one would be evicted.
+	admit(t, p, enginesim.Request{Prompt: prompt(5)})
+	if events = p.Events(); len(events) != 1 || !slices.Equal(events[0].Hashes, []event.Hash{lone}) {
+		t.Errorf("events %+v, want the removal of %v", events, lone)
+	}
+	if n := maps.Collect(p.Held())[copied]; n != 2 {
+		t.Errorf("%d copies are left, want 2", n)
+	}
+}
+
 func TestAPoolRefusesWhatDoesNotFit(t *testing.T) {
 	t.Parallel()
 	p := enginesim.NewPool(enginesim.PoolConfig{Blocks: 2, BlockSize: 4})

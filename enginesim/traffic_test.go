@@ -148,6 +148,26 @@ func TestTrafficKeepsToOddLimits(t *testing.T) {
 	}
 }
 
+func TestCuttingAPromptLeavesTheSystemPromptAlone(t *testing.T) {
+	t.Parallel()
+	whole := map[uint32][]uint32{} // by first token
+	for _, requests := range moments(enginesim.TrafficConfig{}, 300) {
+		whole[requests[0].Prompt[0]] = requests[0].Prompt
+	}
+	longest := 0
+	for _, requests := range moments(enginesim.TrafficConfig{MaxTokens: 100}, 300)[200:] {
+		n, system := 0, whole[requests[0].Prompt[0]]
+		for n < min(len(system), len(requests[0].Prompt)) && system[n] == requests[0].Prompt[n] {
+			n++
+		}
+		longest = max(longest, n)
+	}
+	// Questions have 24 to 72 tokens, which leaves up to 75 of the system prompt.
+	if longest < 65 {
+		t.Errorf("late prompts share %d tokens with their system prompt", longest)
+	}
+}
+
 func TestACatalogueIsSharedAcrossSeeds(t *testing.T) {
 	t.Parallel()
 	starts := func(seed, catalogue uint64) map[uint32]bool {

@@ -57,6 +57,8 @@ type ZMQClient struct {
 	// lastPayload is that of the last delivered message.
 	lastPayload []byte
 	told        Status // the last status that tellStatus published; State, Bound and Reason only
+	overlap     overlap
+	warned      map[string]bool // what was warned of on this connection
 	metrics     *ZMQClientMetrics
 	// replays runs while a replay is wanted; replayAsked changes with every replay that is asked for, so that the one
 	// that runs knows when it is no longer the one wanted.
@@ -159,12 +161,16 @@ func (c *ZMQClient) Start() error {
 	return nil
 }
 
-// Run follows the engine until ctx ends: Start, wait, Stop. It returns Start's or Stop's error.
+// Run follows the engine until ctx ends or the client is stopped: Start, wait, Stop. It returns Start's or Stop's
+// error.
 func (c *ZMQClient) Run(ctx context.Context) error {
 	if err := c.Start(); err != nil {
 		return err
 	}
-	<-ctx.Done()
+	select {
+	case <-ctx.Done():
+	case <-c.done: // stopped elsewhere
+	}
 	return c.Stop()
 }
 
@@ -273,8 +279,12 @@ func (c *ZMQClient) runDialling(ctx context.Context) {
 	}
 }
 
-// runListening follows the engine that connects to l, until ctx ends. A second connection from the same host takes the
-// place of the first, which may be half dead; one from another host is refused while the first lasts.
+// silentAfter is how long a connection may say nothing before another from the same host takes its place: longer than
+// a PING and its answer take.
+const silentAfter = 10 * time.Second
+
+// runListening follows the engine that connects to l, until ctx ends. While its connection lives, others are refused:
+// two engines that shared the client would push each other out for ever.
 func (c *ZMQClient) runListening(ctx context.Context, l net.Listener) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
@@ -282,54 +292,79 @@ func (c *ZMQClient) runListening(ctx context.Context, l net.Listener) {
 	defer func() { _ = l.Close() }()
 
 	var mu sync.Mutex
-	var current *zmtp.Conn         // the engine's connection; guarded by mu
-	var currentHost string         // guarded by mu
-	turn := make(chan struct{}, 1) // held by the goroutine that follows
+	var current *zmtp.Conn           // the engine's connection; guarded by mu
+	refused := make(map[string]bool) // hosts that were told of; guarded by mu
+	turn := make(chan struct{}, 1)   // held by the goroutine that follows
 
-	serve := func(nc net.Conn) {
-		host := hostOf(nc.RemoteAddr())
-		conn, err := zmtp.NewConn(ctx, nc, zmtp.SUB, c.options())
-		if err != nil {
-			c.fail(err, 0)
-			return
-		}
+	// admit makes conn the engine's connection, unless that of another engine, or a living one, is there.
+	admit := func(conn *zmtp.Conn) bool {
 		mu.Lock()
-		if current != nil && host != currentHost {
-			other := currentHost
-			mu.Unlock()
-			_ = conn.Close()
-			c.log.Warn("engine_refused", "host", host, "connected", other,
-				"hint", "one client follows one engine; give each engine an endpoint of its own")
-			return
-		}
+		defer mu.Unlock()
 		if current != nil {
+			host := hostOf(conn.RemoteAddr())
+			connected := hostOf(current.RemoteAddr())
+			if host != connected || time.Since(current.LastReceived()) < silentAfter {
+				if !refused[host] {
+					c.log.Warn("engine_refused", "host", host, "connected", connected,
+						"hint", "one client follows one engine; give each engine an endpoint of its own")
+				}
+				refused[host] = true
+				return false
+			}
 			_ = current.Close()
 		}
-		current, currentHost = conn, host
-		mu.Unlock()
-
+		current = conn
+		clear(refused)
+		return true
+	}
+	serve := func(nc net.Conn) {
+		conn, err := zmtp.NewConn(ctx, nc, zmtp.SUB, c.options())
+		if err != nil {
+			// Ports are probed and scanned; that says nothing of the engine.
+			c.metrics.IncrementErrorCount(errorConnection)
+			c.log.Debug("handshake_failed", "remote", addrString(nc.RemoteAddr()), "error", err)
+			return
+		}
+		if !admit(conn) {
+			_ = conn.Close()
+			return
+		}
 		turn <- struct{}{} // the one that was replaced is on its way out
 		defer func() { <-turn }()
 		err = c.follow(ctx, conn)
 		mu.Lock()
-		if current == conn {
+		replaced := current != conn
+		if !replaced {
 			current = nil
 		}
 		mu.Unlock()
-		if ctx.Err() == nil {
+		switch {
+		case ctx.Err() != nil:
+		case replaced:
+			c.log.Info("engine_replaced", "host", hostOf(conn.RemoteAddr()))
+		default:
 			c.fail(err, 0)
 		}
 	}
 	// Connections that have not yet shown that they speak ZMTP are few at a time, whoever knocks.
 	slots := make(chan struct{}, maxHandshakes)
+	pace := newBackoff(orDefault(c.config.ReconnectDelay, DefaultReconnectInterval))
 	for {
 		nc, err := l.Accept()
-		if err != nil {
-			if ctx.Err() == nil {
-				c.fail(fmt.Errorf("kvcache: cannot accept connections: %w", err), 0)
-			}
+		switch {
+		case ctx.Err() != nil:
 			return
+		case err != nil:
+			// A process that is short of descriptors has more of them later.
+			wait := pace.next(true)
+			c.fail(fmt.Errorf("kvcache: cannot accept connections: %w", err), wait)
+			select {
+			case <-ctx.Done():
+			case <-time.After(wait):
+			}
+			continue
 		}
+		pace.reset()
 		select {
 		case slots <- struct{}{}:
 			wg.Go(func() {
@@ -368,47 +403,74 @@ func (c *ZMQClient) follow(ctx context.Context, conn *zmtp.Conn) error {
 	c.connected.Store(true)
 	c.metrics.IncrementConnectionCount()
 	c.log.Info("connected", "endpoint", c.pub, "remote", addrString(conn.RemoteAddr()))
-	c.mu.Lock()
-	c.setError("")
-	c.obey(ctx, &wg, c.seq.connect(), message{})
-	c.tellStatus()
-	c.mu.Unlock()
+	c.opened(ctx, &wg)
 	defer func() {
+		cancel() // first, so that no replay goes on behind a lost connection
 		c.connected.Store(false)
 		c.metrics.IncrementDisconnectionCount()
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		c.seq.disconnect()
 		c.hold.clear()
+		c.overlap.clear()
 		c.tellStatus()
 	}()
-
-	warned := false
 	for {
 		frames, err := conn.Recv()
 		if err != nil {
 			return fmt.Errorf("kvcache: lost the connection to %s: %w", c.pub, err)
 		}
-		m, ok := parseMessage(frames)
-		if !ok || m.end() {
-			c.metrics.IncrementErrorCount(errorConsumeEvents)
-			if !warned {
-				warned = true
-				c.log.Warn("message_ignored", "frames", len(frames), "want", "topic, 8-byte sequence number, payload")
-			}
-			continue
-		}
-		m.at = conn.LastReceived()
-		c.mu.Lock()
-		d := c.seq.live(m.seq, c.isLast(m))
-		c.obey(ctx, &wg, d, m)
-		if d.verdict == deliver && d.missed == 0 && !c.seq.holding {
-			c.observed.Store(m.at.UnixNano())
-		}
-		c.tellStatus()
-		c.mu.Unlock()
+		c.received(ctx, &wg, frames, conn.LastReceived())
 	}
 }
+
+// opened tells of a new connection that is subscribed.
+func (c *ZMQClient) opened(ctx context.Context, wg *sync.WaitGroup) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.setError("")
+	clear(c.warned)
+	c.obey(ctx, wg, c.seq.connect(), message{})
+	c.tellStatus()
+}
+
+// received takes one live message. It unlocks by a defer, as whatever calls the handler does: a test's handler may end
+// its goroutine.
+func (c *ZMQClient) received(ctx context.Context, wg *sync.WaitGroup, frames [][]byte, at time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	m, ok := parseMessage(frames)
+	if !ok || m.end() {
+		c.metrics.IncrementErrorCount(errorConsumeEvents)
+		c.warn("message_ignored", "", "frames", len(frames), "want", "topic, 8-byte sequence number, payload")
+		return
+	}
+	m.at = at
+	d := c.seq.live(m.seq, c.proofOf(m))
+	c.obey(ctx, wg, d, m)
+	if d.verdict == deliver && d.missed == 0 && !c.seq.holding {
+		c.observed.Store(m.at.UnixNano())
+		c.overlap.clear() // the live stream has caught up with the replay
+	}
+	c.tellStatus()
+}
+
+// warn logs what may happen with every message: the first time on a connection, and then only for those who want to
+// know everything. Counters tell how often.
+func (c *ZMQClient) warn(msg, kind string, args ...any) {
+	level := slog.LevelDebug
+	if key := msg + " " + kind; !c.warned[key] && len(c.warned) < maxWarned {
+		if c.warned == nil {
+			c.warned = make(map[string]bool)
+		}
+		c.warned[key] = true
+		level = slog.LevelWarn
+	}
+	c.log.Log(context.Background(), level, msg, args...) //nolint:sloglint // callers give constants
+}
+
+// maxWarned bounds the warnings of one connection: kinds of events are named by the peer.
+const maxWarned = 64
 
 func addrString(a net.Addr) string {
 	if a == nil {
@@ -429,12 +491,17 @@ func (c *ZMQClient) obey(ctx context.Context, wg *sync.WaitGroup, d decision, m 
 	if d.invalid {
 		c.metrics.IncrementErrorCount(errorConsumeEvents)
 	}
+	if d.foreign {
+		c.log.Warn("replay_of_another_engine", "endpoint", c.replay, "events", c.pub,
+			"hint", "the replay endpoint answers with other batches than the connection brings; is the port another rank's?")
+	}
 	if d.dropHeld {
 		c.hold.clear()
 	}
 	if d.reset != "" {
 		c.reset(d.reset)
 	}
+	c.tellFall()
 	switch d.verdict {
 	case deliver:
 		c.deliver(m)
@@ -455,7 +522,11 @@ func (c *ZMQClient) obey(ctx context.Context, wg *sync.WaitGroup, d decision, m 
 // reset tells the handler to forget.
 func (c *ZMQClient) reset(reason Reason) {
 	c.metrics.countReset(reason)
-	if reason != ReasonStart {
+	switch reason {
+	case ReasonStart:
+	case ReasonUnreadable:
+		c.warn("reset", string(reason), "reason", string(reason))
+	default:
 		c.log.Warn("reset", "reason", string(reason))
 	}
 	if c.resyncs == nil {
@@ -467,22 +538,34 @@ func (c *ZMQClient) reset(reason Reason) {
 	c.call("HandleReset", func() error { return c.resyncs.HandleReset(r) })
 }
 
-// isLast reports whether m is the last delivered message, byte for byte.
-func (c *ZMQClient) isLast(m message) bool {
-	return m.seq == c.seq.last && bytes.Equal(m.payload, c.lastPayload)
+// proofOf compares m with what was delivered under its number, as far as that is known.
+func (c *ZMQClient) proofOf(m message) proof {
+	if m.seq == c.seq.last && c.seq.started {
+		if bytes.Equal(m.payload, c.lastPayload) {
+			return same
+		}
+		return other
+	}
+	return c.overlap.proof(m)
 }
 
 // maxKeptPayload is the size in bytes above which the memory of lastPayload is given back when it is no longer needed.
 const maxKeptPayload = 1 << 20
 
-// deliver hands one message on and remembers it.
+// deliver hands one message on and remembers it. After Stop nothing is handed on, so nothing is remembered either.
 func (c *ZMQClient) deliver(m message) {
 	c.hand(m)
+	if c.stopped.Load() {
+		return
+	}
 	if cap(c.lastPayload) > maxKeptPayload && len(m.payload) <= maxKeptPayload {
 		c.lastPayload = nil
 	}
 	// A copy costs a fifth of a digest, and cannot take one batch for another.
 	c.lastPayload = append(c.lastPayload[:0], m.payload...)
+	if m.replayed {
+		c.overlap.add(m)
+	}
 	c.seq.delivered(m.seq)
 	c.lastSeq.Store(int64(m.seq))
 	c.metrics.UpdateLastSequenceID(int64(m.seq))
@@ -499,12 +582,13 @@ func (c *ZMQClient) hand(m message) {
 	}
 	if err := c.batch.Decode(m.payload); err != nil {
 		c.metrics.IncrementErrorCount(errorDecode)
-		c.log.Warn("batch_unreadable", "sequence", m.seq, "error", err)
+		c.warn("batch_unreadable", "", "sequence", m.seq, "error", err)
 		c.reset(c.seq.unreadable(true).reset)
 		return
 	}
 	if len(c.batch.Skipped) > 0 {
 		c.skipped(m.seq)
+		c.tellFall()
 	}
 	if rank, ok := rankOf(&c.batch); ok {
 		info.Rank = rank
@@ -525,7 +609,8 @@ func (c *ZMQClient) skipped(seq uint64) {
 	}
 	cut := -1
 	for i, s := range b.Skipped {
-		c.log.Warn("event_unreadable", "sequence", seq, "index", s.Index, "type", string(s.Tag), "why", s.Reason)
+		c.warn("event_unreadable", string(s.Tag)+" "+s.Reason,
+			"sequence", seq, "index", s.Index, "type", string(s.Tag), "why", s.Reason)
 		if mayRemove(s) {
 			cut = s.Index - i // Index counts skipped events too, of which there are i before this one
 		}
@@ -582,15 +667,21 @@ func (c *ZMQClient) handle(info BatchInfo) {
 	}
 	o := origin{at: timestamp(c.batch.Time), model: info.ModelName, pod: info.PodName, rank: info.Rank}
 	for i := range c.batch.Events {
+		if c.stopped.Load() {
+			return
+		}
 		e := newEvent(&c.batch.Events[i])
 		e.stamp(o)
-		if c.call("HandleEvent", func() error { return c.handler.HandleEvent(e) }) && c.metrics != nil {
+		if c.call(callEvent, func() error { return c.handler.HandleEvent(e) }) && c.metrics != nil {
 			c.metrics.processed[c.batch.Events[i].Type].Inc()
 		}
 	}
 }
 
-// callBatchName is a variable so that inHandler can point to it.
+// callEvent and callBatchName are the calls whose time is measured. The latter is a variable so that inHandler can
+// point to it.
+const callEvent = "HandleEvent"
+
 var callBatchName = "HandleBatch"
 
 // callBatch is call for HandleBatch, which must not allocate: no closure.
@@ -615,7 +706,7 @@ func (c *ZMQClient) call(name string, f func() error) (ok bool) {
 
 func (c *ZMQClient) enter(name *string) (begin time.Time) {
 	c.inHandler.Store(name)
-	if c.metrics != nil {
+	if c.metrics != nil && (*name == callBatchName || *name == callEvent) {
 		begin = time.Now()
 	}
 	return begin
@@ -624,14 +715,14 @@ func (c *ZMQClient) enter(name *string) (begin time.Time) {
 // leave ends a call. A panic costs a counted error and nothing else: the stream outlives its handler's faults.
 func (c *ZMQClient) leave(name string, begin time.Time, panicked any) bool {
 	c.inHandler.Store(nil)
-	if c.metrics != nil {
+	if !begin.IsZero() {
 		c.metrics.RecordEventProcessingLatency(time.Since(begin))
 	}
 	if panicked == nil {
 		return true
 	}
 	c.metrics.IncrementErrorCount(errorHandleEvent)
-	c.log.Error("handler_panicked", "call", name, "panic", panicked)
+	c.warn("handler_panicked", name, "call", name, "panic", panicked)
 	return false
 }
 
@@ -641,7 +732,7 @@ func (c *ZMQClient) failed(name string, err error) bool {
 		return true
 	}
 	c.metrics.IncrementErrorCount(errorHandleEvent)
-	c.log.Warn("handler_failed", "call", name, "error", err)
+	c.warn("handler_failed", name, "call", name, "error", err)
 	return false
 }
 
@@ -664,6 +755,14 @@ func (c *ZMQClient) setError(text string) bool {
 	changed := c.status.Err != text
 	c.status.Err = text
 	return changed
+}
+
+// tellFall tells of a bound that fell: what the handler is about to see is worth less than what it was told. Callers
+// hold mu.
+func (c *ZMQClient) tellFall() {
+	if c.seq.bound < c.told.Bound {
+		c.tellStatus()
+	}
 }
 
 // tellStatus publishes the sequencer's state, and tells the handler if it changed; callers hold mu.

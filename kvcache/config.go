@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/netip"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -63,14 +64,15 @@ type ZMQClientConfig struct {
 	// NoReplay says that the engine has no replay endpoint. Then a lost connection cannot be made good.
 	NoReplay bool
 	// Listen makes the client wait on PubEndpoint for the engine to connect, which is what vLLM does for an endpoint
-	// without a wildcard. One engine at a time: a new connection from the same host replaces the old one.
+	// without a wildcard. One engine at a time: while its connection lives, others are refused; a new connection from
+	// the same host takes the place of one that has said nothing for 10 seconds.
 	Listen bool
 	// Topic is the prefix of the topics to subscribe to. Empty means all.
 	Topic string
 	// Rank is the data-parallel rank that publishes on this port. It stands in where batches do not say theirs.
 	Rank int
-	// FromSequence is the first sequence number wanted. Zero asks for everything the engine still has, which is what
-	// an exact state needs.
+	// FromSequence is the first sequence number wanted; what the engine sends below it is left out, even after a restart
+	// that the client has not seen. Zero asks for everything the engine still has, which is what an exact state needs.
 	FromSequence uint64
 
 	// MaxMessage limits one message in bytes; a longer one closes the connection. Zero means 64 MiB.
@@ -83,8 +85,8 @@ type ZMQClientConfig struct {
 
 	// Logger receives changes of state; nil means silence.
 	Logger *slog.Logger
-	// Registerer receives this client's metrics. Nil means what InitializeMetrics registered with the default
-	// registry, and no metrics if that was never called.
+	// Registerer receives this client's metrics. All clients must be given the same value, not one wrapper each. Nil
+	// means what InitializeMetrics registered with the default registry, and no metrics if that was never called.
 	Registerer prometheus.Registerer
 
 	// Dial and ListenFunc replace the network, for tests. Nil means the real one.
@@ -168,8 +170,14 @@ func (c *ZMQClientConfig) replayEndpoint() (string, error) {
 
 func (c *ZMQClientConfig) endpoint(name, explicit, portName string, port int) (string, error) {
 	if explicit != "" {
-		if _, _, err := zmtp.ParseEndpoint(explicit); err != nil {
+		_, address, err := zmtp.ParseEndpoint(explicit)
+		if err != nil {
 			return "", fmt.Errorf("%w: %s: %w", ErrInvalidConfig, name, err)
+		}
+		if listens := c.Listen && name == "PubEndpoint"; !listens &&
+			(strings.HasPrefix(address, ":") || strings.HasSuffix(address, ":0")) {
+			return "", fmt.Errorf("%w: %s: a wildcard is for the engine to listen on; name its host and port here: %q",
+				ErrInvalidConfig, name, explicit)
 		}
 		return explicit, nil
 	}

@@ -32,7 +32,9 @@ type ResyncHandler interface {
 	HandleReset(reset Reset) error
 }
 
-// StatusHandler is an EventHandler that is told of every change of state, bound or reason, in order with the events.
+// StatusHandler is an EventHandler that is told of every change of state, bound or reason, in order with the events: a
+// bound that falls before the batch that made it fall, one that rises behind the batch that made it rise. StateStopped
+// is not told, since no call follows Stop.
 type StatusHandler interface {
 	EventHandler
 	HandleStatus(status Status)

@@ -52,11 +52,11 @@ func (q *holdQueue) peek() (m heldMessage, topic, payload []byte, ok bool) {
 	return m, q.buf[m.topic:m.payload], q.buf[m.payload:m.end], true
 }
 
-// take removes the message that peek returned.
-func (q *holdQueue) take() { q.next++ }
+// take removes the message that peek returned, unless it went with a clear meanwhile.
+func (q *holdQueue) take() { q.next = min(q.next+1, len(q.messages)) }
 
-// clear forgets all messages and gives their memory back.
-func (q *holdQueue) clear() { q.buf, q.messages, q.next = nil, nil, 0 }
+// clear forgets all messages, and that some were dropped, and gives their memory back.
+func (q *holdQueue) clear() { q.buf, q.messages, q.next, q.dropped = nil, nil, 0, false }
 
 // takeDropped reports whether messages were dropped since the last call.
 func (q *holdQueue) takeDropped() bool {

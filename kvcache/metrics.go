@@ -92,7 +92,8 @@ func collectorsOf(reg prometheus.Registerer) (*collectors, error) {
 			for _, done := range all[:i] {
 				reg.Unregister(done)
 			}
-			return nil, fmt.Errorf("kvcache: cannot register metrics: %w", err)
+			return nil, fmt.Errorf("kvcache: cannot register metrics (clients of one registry need the same Registerer "+
+				"value): %w", err)
 		}
 	}
 	if registered.by == nil {

@@ -8,6 +8,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -50,10 +51,7 @@ const replayRetry = 200 * time.Millisecond
 func (c *ZMQClient) runReplays(ctx context.Context, wg *sync.WaitGroup) {
 	pace := newBackoff(replayRetry)
 	for {
-		c.mu.Lock()
-		asked, from := c.replayAsked, c.seq.ask.from
-		c.mu.Unlock()
-		c.metrics.IncrementReplayCount()
+		asked, from := c.wantedReplay(ctx)
 		end, err := c.replayOnce(ctx, wg, asked, from)
 		if c.endReplay(ctx, wg, asked, end, err) {
 			return
@@ -66,6 +64,16 @@ func (c *ZMQClient) runReplays(ctx context.Context, wg *sync.WaitGroup) {
 		case <-time.After(pace.next(true)):
 		}
 	}
+}
+
+// wantedReplay returns which replay is wanted now, and its first number.
+func (c *ZMQClient) wantedReplay(ctx context.Context) (asked, from uint64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if ctx.Err() == nil {
+		c.metrics.IncrementReplayCount()
+	}
+	return c.replayAsked, c.seq.ask.from
 }
 
 // endReplay draws the conclusion from a replay that is over, and reports whether there is nothing more to ask for. It
@@ -84,11 +92,13 @@ func (c *ZMQClient) endReplay(ctx context.Context, wg *sync.WaitGroup, asked uin
 		c.metrics.IncrementReplayFailure()
 		c.metrics.IncrementErrorCount(errorReplay)
 		c.log.Warn("replay_failed", "endpoint", c.replay, "from", c.seq.ask.from, "error", err)
+		c.setError("replay from " + c.replay + ": " + err.Error())
 		if c.replayAsked == asked {
 			d = c.seq.replayFailed()
 		}
 	default:
 		c.metrics.IncrementReplaySuccess()
+		c.setError("")
 		if c.replayAsked == asked {
 			d = c.seq.replayEnded(end == endMarked, c.hold.takeDropped())
 		}
@@ -102,7 +112,9 @@ func (c *ZMQClient) endReplay(ctx context.Context, wg *sync.WaitGroup, asked uin
 	if d.replay {
 		return false
 	}
-	c.observed.Store(time.Now().UnixNano())
+	if !c.seq.givenUp {
+		c.observed.Store(time.Now().UnixNano())
+	}
 	c.replays = false
 	return true
 }
@@ -110,25 +122,28 @@ func (c *ZMQClient) endReplay(ctx context.Context, wg *sync.WaitGroup, asked uin
 // placeHeld passes the held messages on, in order, and reports whether all were placed. If not, another replay is
 // wanted first. Callers hold mu.
 func (c *ZMQClient) placeHeld(ctx context.Context, wg *sync.WaitGroup) bool {
-	for {
+	for ctx.Err() == nil {
 		h, topic, payload, ok := c.hold.peek()
 		if !ok {
 			c.hold.clear()
 			return true
 		}
-		d := c.seq.held(h.seq)
-		c.obey(ctx, wg, d, message{seq: h.seq, topic: topic, payload: payload, at: h.at, held: true})
+		m := message{seq: h.seq, topic: topic, payload: payload, at: h.at, held: true}
+		d := c.seq.held(h.seq, c.proofOf(m))
+		c.obey(ctx, wg, d, m)
 		if d.replay {
 			return false
 		}
 		c.hold.take()
 		c.tellStatus()
 	}
+	return false
 }
 
 // The ways in which a replay fails.
 var (
 	errReplaySilent   = errors.New("no answer")
+	errReplayForeign  = errors.New("the answer is not of the engine that the connection is of")
 	errReplayNonsense = errors.New("the answer is not a replay: want frames of topic, 8-byte sequence number and payload")
 )
 
@@ -180,18 +195,72 @@ func (c *ZMQClient) replayOnce(ctx context.Context, wg *sync.WaitGroup, asked, f
 			return endMarked, nil
 		}
 		m.at, m.replayed = conn.LastReceived(), true
-		c.mu.Lock()
-		// A restart seen live meanwhile makes this answer one of the past: it must not bring removed blocks back.
-		wanted := c.replayAsked == asked && ctx.Err() == nil
-		if wanted {
-			c.obey(ctx, wg, c.seq.replayed(m.seq, c.isLast(m)), m)
-			wanted = c.replayAsked == asked
-			c.tellStatus()
-		}
-		c.mu.Unlock()
-		if !wanted {
-			return endUnwanted, nil
+		if wanted, err := c.replayed(ctx, wg, asked, m); !wanted {
+			return endUnwanted, err
 		}
 		timer.Reset(timeout)
 	}
 }
+
+// replayed takes one message of a replay, and reports whether more of it is wanted.
+func (c *ZMQClient) replayed(
+	ctx context.Context, wg *sync.WaitGroup, asked uint64, m message,
+) (wanted bool, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	// A restart seen live meanwhile makes this answer one of the past: it must not bring removed blocks back.
+	if c.replayAsked != asked || ctx.Err() != nil {
+		return false, nil
+	}
+	d := c.seq.replayed(m.seq, c.proofOf(m))
+	c.obey(ctx, wg, d, m)
+	c.tellStatus()
+	if d.foreign {
+		return false, errReplayForeign
+	}
+	return c.replayAsked == asked, nil
+}
+
+// overlap remembers the digests of what a replay brought until the live stream has caught up, so that a live message
+// under the number of a replayed one can be told from the same message.
+type overlap struct {
+	first   uint64
+	digests []uint32 // of first, first+1, ...; 0 for unknown
+}
+
+// maxOverlap bounds the numbers that are remembered. Engines keep 10,000 batches unless told otherwise.
+const maxOverlap = 1 << 17
+
+var overlapSeed = maphash.MakeSeed()
+
+func digestOf(m message) uint32 {
+	return max(uint32(maphash.Bytes(overlapSeed, m.payload)), 1)
+}
+
+// add takes a message of a replay. Numbers rise by one but for those that were burned.
+func (o *overlap) add(m message) {
+	if len(o.digests) == 0 || m.seq < o.first+uint64(len(o.digests)) || m.seq-o.first >= maxOverlap {
+		o.first, o.digests = m.seq, o.digests[:0]
+	}
+	for o.first+uint64(len(o.digests)) < m.seq {
+		o.digests = append(o.digests, 0)
+	}
+	o.digests = append(o.digests, digestOf(m))
+}
+
+// proof compares m with the message of the replay under its number.
+func (o *overlap) proof(m message) proof {
+	if m.seq < o.first || m.seq-o.first >= uint64(len(o.digests)) {
+		return unproven
+	}
+	switch o.digests[m.seq-o.first] {
+	case 0:
+		return unproven
+	case digestOf(m):
+		return same
+	}
+	return other
+}
+
+// clear forgets everything and gives the memory back.
+func (o *overlap) clear() { o.digests = nil }

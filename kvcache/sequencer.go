@@ -11,7 +11,7 @@ import "math"
 //
 // An engine numbers its batches from 0 (some from 1) and starts again when it restarts. A life is one such run. What
 // proves that an answer comes from the same life is the last delivered batch: its number and its bytes. The caller
-// keeps the bytes, and says of each message whether it is the same.
+// keeps the bytes, and says of each message what they prove.
 type sequencer struct {
 	// replayable says that there is a replay endpoint to ask.
 	replayable bool
@@ -48,6 +48,15 @@ type sequencer struct {
 	// something is missing.
 	failures, stalls int
 }
+
+// proof is what the bytes of a message say about the batch that was delivered under its number.
+type proof uint8
+
+const (
+	unproven proof = iota // nothing is known of that batch any more, or there was none
+	same                  // it is the same, byte for byte
+	other                 // it was another one
+)
 
 // ask is one replay, asked for and not yet over.
 type ask struct {
@@ -90,6 +99,9 @@ type decision struct {
 	burned    uint64 // numbers found never to have been sent
 	duplicate bool   // the message was delivered before
 	invalid   bool   // the number makes no sense
+	// foreign says that the replay endpoint speaks for another engine, or for another life of this one, than the
+	// connection. While a replay runs, it has thereby failed.
+	foreign bool
 }
 
 // connect tells of a new connection that is subscribed.
@@ -131,14 +143,14 @@ func (s *sequencer) disconnect() {
 	}
 }
 
-// live takes a message that came from the subscription. same says that it is the last delivered one, byte for byte.
-func (s *sequencer) live(seq uint64, same bool) (d decision) {
+// live takes a message that came from the subscription.
+func (s *sequencer) live(seq uint64, p proof) (d decision) {
 	if seq == endMarker {
 		d.invalid = true
 		return d
 	}
 	if s.hasNewest && seq <= s.newest {
-		if seq == s.last && s.started && same {
+		if seq == s.last && s.started && p == same {
 			d.duplicate = true
 			return d
 		}
@@ -151,14 +163,18 @@ func (s *sequencer) live(seq uint64, same bool) (d decision) {
 		d.verdict = hold
 		return d
 	}
-	return s.next(seq)
+	return s.next(seq, p)
 }
 
 // held takes a held message again, in order, after the replay. A decision to replay keeps it and those behind it held.
-func (s *sequencer) held(seq uint64) decision { return s.next(seq) }
+func (s *sequencer) held(seq uint64, p proof) decision {
+	d := s.next(seq, p)
+	d.dropHeld = false // what is held came by this connection, and so is of the life that begins
+	return d
+}
 
 // next places a message after the last delivered one.
-func (s *sequencer) next(seq uint64) (d decision) {
+func (s *sequencer) next(seq uint64, p proof) (d decision) {
 	asking := s.replayable && !s.givenUp
 	switch {
 	case !s.started && seq < s.want:
@@ -171,9 +187,16 @@ func (s *sequencer) next(seq uint64) (d decision) {
 		d.verdict = deliver
 	case seq == s.last+1:
 		d.verdict = deliver
-	case seq <= s.last && s.verified:
+	case seq <= s.last && s.verified && p != other:
 		d.duplicate = true // it came by replay as well
 		return d
+	case seq <= s.last && s.verified:
+		// The replay brought another batch under this number. The connection is the engine; the replay endpoint is not.
+		d.foreign, d.reset = true, ReasonHistoryLost
+		s.givenUp = true
+		s.forget(d.reset)
+		s.first(seq)
+		d.verdict = deliver
 	case seq <= s.last:
 		return s.restart(seq)
 	case asking:
@@ -230,8 +253,8 @@ func (s *sequencer) restart(seq uint64) (d decision) {
 	return d
 }
 
-// replayed takes one message of the replay that runs; same is as in live.
-func (s *sequencer) replayed(seq uint64, same bool) (d decision) {
+// replayed takes one message of the replay that runs.
+func (s *sequencer) replayed(seq uint64, p proof) (d decision) {
 	a := &s.ask
 	if seq == endMarker {
 		d.invalid = true
@@ -248,7 +271,11 @@ func (s *sequencer) replayed(seq uint64, same bool) (d decision) {
 			// The engine no longer holds the batch that would tell whether this is the same life.
 			d.reset = ReasonHistoryLost
 			s.forget(d.reset)
-		case !same:
+		case p != same && s.verified:
+			// The connection was proven to be of the life that sent p. It will break if that life has ended.
+			d.foreign = true
+			return d
+		case p != same:
 			return s.replaced()
 		default:
 			s.verified = true
@@ -279,12 +306,9 @@ func (s *sequencer) replayed(seq uint64, same bool) (d decision) {
 }
 
 // replaced forgets the life that ended, which a replay showed, and asks for the new one from its beginning.
+// What is held came by a new connection, and stays.
 func (s *sequencer) replaced() (d decision) {
 	d.reset = ReasonRestart
-	if s.verified {
-		// The connection was of the old life, and so is what it brought.
-		d.dropHeld, s.hasNewest = true, false
-	}
 	s.forget(d.reset)
 	s.state = StateRecovering
 	s.request(&d)
@@ -297,16 +321,17 @@ func (s *sequencer) replaced() (d decision) {
 func (s *sequencer) replayEnded(marker, holdDropped bool) (d decision) {
 	a := s.ask
 	switch {
-	case a.count == 0 && !marker:
+	case a.count == 0 && !marker, a.count == 0 && a.verify && s.verified:
+		// No answer, or one that denies what this very connection has brought.
 		return s.replayFailed()
 	case a.count == 0 && a.verify:
 		// Not even the number asked for: the process that sent it is gone.
 		s.failures = 0
 		return s.replaced()
-	case a.count == 0 && s.want == 0:
+	case a.count == 0 && s.want == 0 && !s.hasNewest:
 		// Nothing was ever published: the empty history is whole.
 		s.bound, s.reason = BoundExact, ""
-	case a.count == 0:
+	case a.count == 0 && s.want > 0:
 		s.reason = ReasonLateStart
 	}
 	s.failures = 0
@@ -321,6 +346,9 @@ func (s *sequencer) replayEnded(marker, holdDropped bool) (d decision) {
 
 // replayFailed tells that the replay gave no valid answer. The decision is to ask again, or to go on without.
 func (s *sequencer) replayFailed() (d decision) {
+	if s.ask.progress {
+		s.failures = 0 // it brought something before it broke
+	}
 	s.failures++
 	if s.failures < maxReplayFailures {
 		s.request(&d)

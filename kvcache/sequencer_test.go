@@ -34,6 +34,7 @@ type rig struct {
 	asked     bool
 	delivered []batchID // since the last reset
 	last      batchID   // delivered last, resets or not
+	replayed  map[uint64]batchID
 	resets    []Reason
 	trace     []string
 }
@@ -95,14 +96,27 @@ func (r *rig) trim(n int) {
 
 // The client's side.
 
-func (r *rig) same(b batchID) bool { return b == r.last }
+// proof knows, as the client does, the last delivered message and those that came by replay on this connection.
+func (r *rig) proof(b batchID) proof {
+	was, known := r.replayed[b.seq]
+	if b.seq == r.last.seq {
+		was, known = r.last, true
+	}
+	switch {
+	case !known:
+		return unproven
+	case was == b:
+		return same
+	}
+	return other
+}
 
 func (r *rig) connect() {
 	if r.connected {
 		return
 	}
 	r.note("connect")
-	r.connected = true
+	r.connected, r.replayed = true, map[uint64]batchID{}
 	r.obey(r.seq.connect(), batchID{}, false)
 }
 
@@ -122,7 +136,7 @@ func (r *rig) readLive() bool {
 	b := r.wire[0]
 	r.wire = r.wire[1:]
 	r.note("read %v", b)
-	r.obey(r.seq.live(b.seq, r.same(b)), b, false)
+	r.obey(r.seq.live(b.seq, r.proof(b)), b, false)
 	return true
 }
 
@@ -162,7 +176,7 @@ func (r *rig) readReplay() bool {
 	}
 	b := r.answer.messages[0]
 	r.answer.messages = r.answer.messages[1:]
-	r.obey(r.seq.replayed(b.seq, r.same(b)), b, false)
+	r.obey(r.seq.replayed(b.seq, r.proof(b)), b, false)
 	return true
 }
 
@@ -175,7 +189,7 @@ func (r *rig) over(d decision) {
 	}
 	for len(r.held) > 0 {
 		b := r.held[0]
-		d := r.seq.held(b.seq)
+		d := r.seq.held(b.seq, r.proof(b))
 		r.obey(d, b, true)
 		if d.replay {
 			return
@@ -186,7 +200,7 @@ func (r *rig) over(d decision) {
 }
 
 func (r *rig) obey(d decision, b batchID, held bool) {
-	if d.dropHeld && !held {
+	if d.dropHeld {
 		r.held = nil
 	}
 	if d.reset != "" {
@@ -200,6 +214,9 @@ func (r *rig) obey(d decision, b batchID, held bool) {
 		r.deliver(b)
 		r.seq.delivered(b.seq)
 		r.last = b
+		if r.asked && !held {
+			r.replayed[b.seq] = b
+		}
 	case hold:
 		if !held {
 			r.held = append(r.held, b)
@@ -578,7 +595,7 @@ func TestSequencerRefusesTheEndMarkersNumber(t *testing.T) {
 	t.Parallel()
 	r := newRig(t, true)
 	r.connect()
-	for _, d := range []decision{r.seq.replayed(endMarker, false), r.seq.live(endMarker, false)} {
+	for _, d := range []decision{r.seq.replayed(endMarker, unproven), r.seq.live(endMarker, unproven)} {
 		if !d.invalid || d.verdict != drop {
 			t.Errorf("decision %+v, want an invalid message dropped", d)
 		}

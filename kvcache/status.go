@@ -10,7 +10,7 @@ type State uint8
 
 // The states of a client.
 const (
-	StateConnecting State = iota // no connection yet, or none for now and nothing ever received
+	StateConnecting State = iota // no connection, and never yet been live
 	StateSyncing                 // connected, fetching what was published before
 	StateLive                    // every batch is handed on as it comes
 	StateRecovering              // had been live; the connection or some batches are missing

@@ -430,7 +430,7 @@ func (c *ZMQClient) opened(ctx context.Context, wg *sync.WaitGroup) {
 	defer c.mu.Unlock()
 	c.setError("")
 	clear(c.warned)
-	c.obey(ctx, wg, c.seq.connect(), message{})
+	c.obey(ctx, wg, c.seq.connect(), &message{})
 	c.tellStatus()
 }
 
@@ -446,8 +446,8 @@ func (c *ZMQClient) received(ctx context.Context, wg *sync.WaitGroup, frames [][
 		return
 	}
 	m.at = at
-	d := c.seq.live(m.seq, c.proofOf(m))
-	c.obey(ctx, wg, d, m)
+	d := c.seq.live(m.seq, c.proofOf(&m))
+	c.obey(ctx, wg, d, &m)
 	if d.verdict == deliver && d.missed == 0 && !c.seq.holding {
 		c.observed.Store(m.at.UnixNano())
 		c.overlap.clear() // the live stream has caught up with the replay
@@ -480,7 +480,7 @@ func addrString(a net.Addr) string {
 }
 
 // obey carries out a decision about message m; callers hold mu.
-func (c *ZMQClient) obey(ctx context.Context, wg *sync.WaitGroup, d decision, m message) {
+func (c *ZMQClient) obey(ctx context.Context, wg *sync.WaitGroup, d decision, m *message) {
 	c.metrics.countNumbers(d)
 	if d.missed > 0 {
 		c.log.Warn("batches_missing", "count", d.missed, "before", m.seq, "replay", d.replay)
@@ -539,7 +539,7 @@ func (c *ZMQClient) reset(reason Reason) {
 }
 
 // proofOf compares m with what was delivered under its number, as far as that is known.
-func (c *ZMQClient) proofOf(m message) proof {
+func (c *ZMQClient) proofOf(m *message) proof {
 	if m.seq == c.seq.last && c.seq.started {
 		if bytes.Equal(m.payload, c.lastPayload) {
 			return same
@@ -553,7 +553,7 @@ func (c *ZMQClient) proofOf(m message) proof {
 const maxKeptPayload = 1 << 20
 
 // deliver hands one message on and remembers it. After Stop nothing is handed on, so nothing is remembered either.
-func (c *ZMQClient) deliver(m message) {
+func (c *ZMQClient) deliver(m *message) {
 	c.hand(m)
 	if c.stopped.Load() {
 		return
@@ -572,7 +572,7 @@ func (c *ZMQClient) deliver(m message) {
 }
 
 // hand passes one message to the handler.
-func (c *ZMQClient) hand(m message) {
+func (c *ZMQClient) hand(m *message) {
 	info := BatchInfo{
 		PodName: c.config.PodKey, ModelName: c.config.ModelName, Rank: c.config.Rank,
 		Sequence: m.seq, Replayed: m.replayed, ReceivedAt: m.at, Topic: m.topic, Payload: m.payload,
@@ -594,7 +594,7 @@ func (c *ZMQClient) hand(m message) {
 		info.Rank = rank
 	}
 	c.countReceived(m.replayed)
-	c.handle(info)
+	c.handle(&info)
 	if len(c.batch.Skipped) == 0 && endsCleared(&c.batch) {
 		c.seq.cleared()
 	}
@@ -656,7 +656,7 @@ func (c *ZMQClient) countReceived(replayed bool) {
 }
 
 // handle passes the batch to the handler.
-func (c *ZMQClient) handle(info BatchInfo) {
+func (c *ZMQClient) handle(info *BatchInfo) {
 	if c.batches != nil {
 		if c.callBatch(info) && c.metrics != nil {
 			for i := range c.batch.Events {
@@ -685,13 +685,13 @@ const callEvent = "HandleEvent"
 var callBatchName = "HandleBatch"
 
 // callBatch is call for HandleBatch, which must not allocate: no closure.
-func (c *ZMQClient) callBatch(info BatchInfo) (ok bool) {
+func (c *ZMQClient) callBatch(info *BatchInfo) (ok bool) {
 	if c.stopped.Load() {
 		return false
 	}
 	begin := c.enter(&callBatchName)
 	defer func() { ok = c.leave(callBatchName, begin, recover()) && ok }()
-	return c.failed(callBatchName, c.batches.HandleBatch(&c.batch, info))
+	return c.failed(callBatchName, c.batches.HandleBatch(&c.batch, *info))
 }
 
 // call runs one call of the handler and reports whether it succeeded. After Stop none begins.

@@ -103,12 +103,12 @@ func (c *ZMQClient) endReplay(ctx context.Context, wg *sync.WaitGroup, asked uin
 			d = c.seq.replayEnded(end == endMarked, c.hold.takeDropped())
 		}
 	}
-	c.obey(ctx, wg, d, message{})
+	c.obey(ctx, wg, d, &message{})
 	if c.replayAsked != asked || !c.placeHeld(ctx, wg) {
 		return false
 	}
 	d = c.seq.settle()
-	c.obey(ctx, wg, d, message{})
+	c.obey(ctx, wg, d, &message{})
 	if d.replay {
 		return false
 	}
@@ -129,8 +129,8 @@ func (c *ZMQClient) placeHeld(ctx context.Context, wg *sync.WaitGroup) bool {
 			return true
 		}
 		m := message{seq: h.seq, topic: topic, payload: payload, at: h.at, held: true}
-		d := c.seq.held(h.seq, c.proofOf(m))
-		c.obey(ctx, wg, d, m)
+		d := c.seq.held(h.seq, c.proofOf(&m))
+		c.obey(ctx, wg, d, &m)
 		if d.replay {
 			return false
 		}
@@ -195,7 +195,7 @@ func (c *ZMQClient) replayOnce(ctx context.Context, wg *sync.WaitGroup, asked, f
 			return endMarked, nil
 		}
 		m.at, m.replayed = conn.LastReceived(), true
-		if wanted, err := c.replayed(ctx, wg, asked, m); !wanted {
+		if wanted, err := c.replayed(ctx, wg, asked, &m); !wanted {
 			return endUnwanted, err
 		}
 		timer.Reset(timeout)
@@ -204,7 +204,7 @@ func (c *ZMQClient) replayOnce(ctx context.Context, wg *sync.WaitGroup, asked, f
 
 // replayed takes one message of a replay, and reports whether more of it is wanted.
 func (c *ZMQClient) replayed(
-	ctx context.Context, wg *sync.WaitGroup, asked uint64, m message,
+	ctx context.Context, wg *sync.WaitGroup, asked uint64, m *message,
 ) (wanted bool, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -233,12 +233,12 @@ const maxOverlap = 1 << 17
 
 var overlapSeed = maphash.MakeSeed()
 
-func digestOf(m message) uint32 {
+func digestOf(m *message) uint32 {
 	return max(uint32(maphash.Bytes(overlapSeed, m.payload)), 1)
 }
 
 // add takes a message of a replay. Numbers rise by one but for those that were burned.
-func (o *overlap) add(m message) {
+func (o *overlap) add(m *message) {
 	if len(o.digests) == 0 || m.seq < o.first+uint64(len(o.digests)) || m.seq-o.first >= maxOverlap {
 		o.first, o.digests = m.seq, o.digests[:0]
 	}
@@ -249,7 +249,7 @@ func (o *overlap) add(m message) {
 }
 
 // proof compares m with the message of the replay under its number.
-func (o *overlap) proof(m message) proof {
+func (o *overlap) proof(m *message) proof {
 	if m.seq < o.first || m.seq-o.first >= uint64(len(o.digests)) {
 		return unproven
 	}

@@ -165,6 +165,26 @@ type Skip struct {
 	Reason string // a constant
 }
 
+// MayRemove reports whether the event may have removed blocks: a removal or a clear that cannot be read, or an event
+// whose type cannot. A store that cannot be read only hides blocks, and an event of unknown type adds to what engines
+// say.
+func (s *Skip) MayRemove() bool {
+	t := typeOf(s.Tag)
+	return t == BlockRemoved || t == AllBlocksCleared || s.Tag == nil
+}
+
+// Doubt reports whether a skipped event may have removed blocks. If so, what is known of the engine no longer holds,
+// and neither do the first cut of b.Events; those behind them do.
+func (b *Batch) Doubt() (cut int, doubt bool) {
+	for i := range b.Skipped {
+		if s := &b.Skipped[i]; s.MayRemove() {
+			// Index counts skipped events too, of which there are i before this one.
+			cut, doubt = s.Index-i, true
+		}
+	}
+	return cut, doubt
+}
+
 // TokensUsable reports whether Tokens has exactly BlockSize positions for each of Hashes. In groups of a sliding
 // window or a state space (mamba) it does not; their tokens say nothing about a block's content.
 func (e *Event) TokensUsable() bool {

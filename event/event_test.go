@@ -110,3 +110,26 @@ func TestBlockTokensPanicsBeyondTheLastBlock(t *testing.T) {
 	e := event.Event{Hashes: make([]event.Hash, 1)}
 	e.BlockTokens(1)
 }
+
+func TestDoubtBeginsBehindTheLastEventThatMayHaveRemovedBlocks(t *testing.T) {
+	t.Parallel()
+	skip := func(index int, tag string) event.Skip { return event.Skip{Index: index, Tag: []byte(tag)} }
+	for _, test := range []struct {
+		name    string
+		skipped []event.Skip
+		cut     int
+		doubt   bool
+	}{
+		{"nothing skipped", nil, 0, false},
+		{"a store hides blocks", []event.Skip{skip(1, "BlockStored")}, 0, false},
+		{"an unknown type adds", []event.Skip{skip(0, "BlockTouched")}, 0, false},
+		{"a removal", []event.Skip{skip(2, "BlockRemoved")}, 2, true},
+		{"a clear behind a store", []event.Skip{skip(0, "BlockStored"), skip(2, "AllBlocksCleared")}, 1, true},
+		{"no type, then a store", []event.Skip{{Index: 1}, skip(3, "BlockStored")}, 1, true},
+	} {
+		b := event.Batch{Skipped: test.skipped}
+		if cut, doubt := b.Doubt(); cut != test.cut || doubt != test.doubt {
+			t.Errorf("%s: %d, %v, want %d, %v", test.name, cut, doubt, test.cut, test.doubt)
+		}
+	}
+}

@@ -607,30 +607,17 @@ func (c *ZMQClient) skipped(seq uint64) {
 	if c.metrics != nil {
 		c.metrics.skipped.Add(float64(len(b.Skipped)))
 	}
-	cut := -1
-	for i, s := range b.Skipped {
+	for _, s := range b.Skipped {
 		c.warn("event_unreadable", string(s.Tag)+" "+s.Reason,
 			"sequence", seq, "index", s.Index, "type", string(s.Tag), "why", s.Reason)
-		if mayRemove(s) {
-			cut = s.Index - i // Index counts skipped events too, of which there are i before this one
-		}
 	}
-	if cut < 0 {
+	cut, doubt := b.Doubt()
+	if !doubt {
 		c.seq.unreadable(false)
 		return
 	}
 	c.reset(c.seq.unreadable(true).reset)
 	b.Events = b.Events[cut:]
-}
-
-// mayRemove reports whether a skipped event may have removed blocks: one of unknown type adds to what engines say, and
-// a broken store only hides blocks. An event whose type could not even be read may be anything.
-func mayRemove(s event.Skip) bool {
-	switch string(s.Tag) {
-	case string(EventTypeBlockRemoved), string(EventTypeAllCleared):
-		return true
-	}
-	return s.Tag == nil
 }
 
 // endsCleared reports whether the batch empties the cache.

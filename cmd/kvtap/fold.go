@@ -165,14 +165,10 @@ func (f *folder) add(line int, rec *recording.Record) {
 // apply folds the batch in hand. Events behind one that may have removed anything still tell what is there.
 func (f *folder) apply(line int) {
 	b := &f.batch
-	cut := -1
-	for i, s := range b.Skipped {
-		switch string(s.Tag) {
-		case tagRemoved, tagCleared, "":
-			// Index counts skipped events too, i of them before this one.
-			cut = s.Index - i
-			f.failed = true
-		case tagStored:
+	for i := range b.Skipped {
+		s := &b.Skipped[i]
+		switch {
+		case s.MayRemove(), string(s.Tag) == tagStored:
 			f.failed = true
 		default:
 			f.tell(line, "event %d is of unknown type %q and was passed over", s.Index, render.Clean(s.Tag))
@@ -180,7 +176,7 @@ func (f *folder) apply(line int) {
 		}
 		f.tell(line, "event %d (%s) cannot be read: %s", s.Index, cmp.Or(render.Clean(s.Tag), "type unknown"), s.Reason)
 	}
-	if cut >= 0 {
+	if cut, doubt := b.Doubt(); doubt {
 		f.restart(line)
 		b.Events = b.Events[cut:]
 	}
@@ -194,10 +190,8 @@ func (f *folder) apply(line int) {
 }
 
 var (
-	errNoSeq   = errors.New("it has no sequence number, which a fold needs; write `SEQ HEX`")
-	tagStored  = event.BlockStored.String()
-	tagRemoved = event.BlockRemoved.String()
-	tagCleared = event.AllBlocksCleared.String()
+	errNoSeq  = errors.New("it has no sequence number, which a fold needs; write `SEQ HEX`")
+	tagStored = event.BlockStored.String()
 )
 
 // begin begins a life.

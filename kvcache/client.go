@@ -46,17 +46,20 @@ type ZMQClient struct {
 	stopped   atomic.Bool // no handler call may begin any more
 	connected atomic.Bool
 	lastSeq   atomic.Int64
-	observed  atomic.Int64 // nanoseconds since the epoch, 0 if never
-	inHandler atomic.Pointer[string]
+	observed  atomic.Int64           // nanoseconds since the epoch, 0 if never
+	inHandler atomic.Pointer[string] // the call that began last
 
 	// mu is held for each message, handler calls included.
 	mu    sync.Mutex
 	seq   sequencer
 	hold  holdQueue
 	batch event.Batch
+	// lastCall is what inHandler points to, and lastObserved what observed holds.
+	lastCall     string
+	lastObserved time.Time
 	// lastPayload is that of the last delivered message.
 	lastPayload []byte
-	told        Status // the last status that tellStatus published; State, Bound and Reason only
+	told        Status // the last status that tellStatus told, State, Bound and Reason only; at first none
 	overlap     overlap
 	warned      map[string]bool // what was warned of on this connection
 	metrics     *ZMQClientMetrics
@@ -88,7 +91,6 @@ func NewZMQClient(config *ZMQClientConfig, handler EventHandler) *ZMQClient {
 	c.log = c.log.With("pod", c.config.PodKey, "model", c.config.ModelName, "rank", c.config.Rank)
 	c.hold.max = orDefault(c.config.MaxHold, DefaultMaxHold)
 	c.status = Status{State: StateConnecting, Bound: BoundAtLeast, Reason: ReasonStart}
-	c.told = c.status
 	c.seq.bound, c.seq.reason = BoundAtLeast, ReasonStart
 	return c
 }
@@ -152,6 +154,9 @@ func (c *ZMQClient) Start() error {
 		defer close(c.done)
 		defer metrics.release(key)
 		defer c.metrics.Delete()
+		c.mu.Lock()
+		c.tellStatus() // that it is connecting
+		c.mu.Unlock()
 		if listener != nil {
 			c.runListening(ctx, listener)
 		} else {
@@ -449,10 +454,18 @@ func (c *ZMQClient) received(ctx context.Context, wg *sync.WaitGroup, frames [][
 	d := c.seq.live(m.seq, c.proofOf(&m))
 	c.obey(ctx, wg, d, &m)
 	if d.verdict == deliver && d.missed == 0 && !c.seq.holding {
-		c.observed.Store(m.at.UnixNano())
+		c.observe(m.at)
 		c.overlap.clear() // the live stream has caught up with the replay
 	}
 	c.tellStatus()
+}
+
+// observe records that the stream was continuous at a time. Messages that were read together share it. Callers hold mu.
+func (c *ZMQClient) observe(at time.Time) {
+	if at != c.lastObserved {
+		c.lastObserved = at
+		c.observed.Store(at.UnixNano())
+	}
 }
 
 // warn logs what may happen with every message: the first time on a connection, and then only for those who want to
@@ -692,7 +705,11 @@ func (c *ZMQClient) call(name string, f func() error) (ok bool) {
 }
 
 func (c *ZMQClient) enter(name *string) (begin time.Time) {
-	c.inHandler.Store(name)
+	if *name != c.lastCall {
+		// Most calls are the same as the one before; an atomic store each would be felt.
+		c.lastCall = *name
+		c.inHandler.Store(name)
+	}
 	if c.metrics != nil && (*name == callBatchName || *name == callEvent) {
 		begin = time.Now()
 	}
@@ -701,7 +718,6 @@ func (c *ZMQClient) enter(name *string) (begin time.Time) {
 
 // leave ends a call. A panic costs a counted error and nothing else: the stream outlives its handler's faults.
 func (c *ZMQClient) leave(name string, begin time.Time, panicked any) bool {
-	c.inHandler.Store(nil)
 	if !begin.IsZero() {
 		c.metrics.RecordEventProcessingLatency(time.Since(begin))
 	}

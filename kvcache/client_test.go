@@ -226,7 +226,7 @@ func TestClientDeliversWhatWasPublishedBeforeAndAfterItsStart(t *testing.T) {
 			c := n.client(n.config(), &j)
 			synctest.Wait()
 			publish(t, e, 4, 5)
-			expect(t, &j, "reset:start syncing/at_least 0r syncing/exact 1r 2r live/exact 3 4")
+			expect(t, &j, "connecting/at_least reset:start syncing/at_least 0r syncing/exact 1r 2r live/exact 3 4")
 			if !c.IsConnected() || c.GetLastSequence() != 4 {
 				t.Errorf("connected %v, last sequence %d", c.IsConnected(), c.GetLastSequence())
 			}
@@ -344,7 +344,7 @@ func TestClientWaitsForAnEngineThatIsDown(t *testing.T) {
 		e := n.engine(nil)
 		time.Sleep(6 * time.Second) // a host that refuses is tried at least every 5 s
 		publish(t, e, 1)
-		expect(t, &j, "reset:start syncing/at_least live/exact 0")
+		expect(t, &j, "connecting/at_least reset:start syncing/at_least live/exact 0")
 	})
 }
 
@@ -367,7 +367,7 @@ func TestClientFollowsARestartedEngine(t *testing.T) {
 		publish(t, e, 10, 11, 12) // the new life overtakes the old number before the client is back
 		time.Sleep(6 * time.Second)
 		publish(t, e, 13)
-		expect(t, &j, "reset:start syncing/at_least live/exact 0 1 recovering/exact "+
+		expect(t, &j, "connecting/at_least reset:start syncing/at_least live/exact 0 1 recovering/exact "+
 			"reset:restart recovering/at_least 0r recovering/exact 1r 2r live/exact 3")
 	})
 }
@@ -386,7 +386,7 @@ func TestClientGoesOnAfterALostConnection(t *testing.T) {
 		publish(t, e, 2, 3)
 		time.Sleep(time.Second)
 		publish(t, e, 4)
-		expect(t, &j, "reset:start syncing/at_least live/exact 0 recovering/exact 1r 2r live/exact 3")
+		expect(t, &j, "connecting/at_least reset:start syncing/at_least live/exact 0 recovering/exact 1r 2r live/exact 3")
 	})
 }
 
@@ -403,7 +403,7 @@ func TestClientFillsAGap(t *testing.T) {
 		}
 		synctest.Wait()
 		publish(t, e, 6)
-		expect(t, &j, "reset:start syncing/at_least live/exact 0 recovering/exact 4r live/exact 5")
+		expect(t, &j, "connecting/at_least reset:start syncing/at_least live/exact 0 recovering/exact 4r live/exact 5")
 	})
 }
 
@@ -420,14 +420,14 @@ func TestClientWithoutAReplayEndpointSaysWhatItDoesNotKnow(t *testing.T) {
 		if err := e.PublishAt(4, stored(5)); err != nil {
 			t.Fatal(err)
 		}
-		expect(t, &j, "reset:start live/at_least 0 live/exact live/unknown 4")
+		expect(t, &j, "connecting/at_least reset:start live/at_least 0 live/exact live/unknown 4")
 		if s := c.Status(); s.Reason != kvcache.ReasonGap {
 			t.Errorf("reason %q", s.Reason)
 		}
 		if err := e.Publish(encode(event.Event{Type: event.AllBlocksCleared})); err != nil {
 			t.Fatal(err)
 		}
-		expect(t, &j, "reset:start live/at_least 0 live/exact live/unknown 4 5 live/exact")
+		expect(t, &j, "connecting/at_least reset:start live/at_least 0 live/exact live/unknown 4 5 live/exact")
 	})
 }
 
@@ -441,7 +441,7 @@ func TestClientGivesUpOnAReplayEndpointThatDoesNotAnswer(t *testing.T) {
 		publish(t, e, 1, 2)
 		time.Sleep(2 * time.Second)
 		publish(t, e, 3)
-		expect(t, &j, "reset:start syncing/at_least 0 syncing/exact 1 live/exact 2")
+		expect(t, &j, "connecting/at_least reset:start syncing/at_least 0 syncing/exact 1 live/exact 2")
 	})
 }
 
@@ -528,7 +528,7 @@ func TestClientLetsTheHoldOverflowAndReplaysWhatItLost(t *testing.T) {
 		close(gate)
 		synctest.Wait()
 		publish(t, e, 15)
-		expect(t, &j, "reset:start syncing/at_least 0r syncing/exact 1r 2r 3r 4r live/exact 5")
+		expect(t, &j, "connecting/at_least reset:start syncing/at_least 0r syncing/exact 1r 2r 3r 4r live/exact 5")
 	})
 }
 
@@ -548,7 +548,7 @@ func TestClientDoesNotForgetAMessageThatItHadNoRoomToHold(t *testing.T) {
 		if err := e.PublishAt(2, stored(12)); err != nil {
 			t.Fatal(err)
 		}
-		expect(t, &j, "reset:start syncing/at_least 0r syncing/exact live/exact recovering/exact "+
+		expect(t, &j, "connecting/at_least reset:start syncing/at_least 0r syncing/exact live/exact recovering/exact "+
 			"reset:history_lost live/at_least")
 	})
 }
@@ -587,7 +587,7 @@ func TestClientSkipsWhatItCannotReadAndSaysSo(t *testing.T) {
 					t.Fatal(err)
 				}
 				publish(t, e, 10)
-				expect(t, &j, "reset:start syncing/at_least live/exact 0 "+test.want)
+				expect(t, &j, "connecting/at_least reset:start syncing/at_least live/exact 0 "+test.want)
 				var held []event.Hash
 				for _, h := range j.fold.Sorted() {
 					held = append(held, h.Hash)
@@ -674,7 +674,7 @@ func TestClientIgnoresMessagesThatAreNoBatches(t *testing.T) {
 		p.Send([]byte("topic"), []byte("\xff\xff\xff\xff\xff\xff\xff\xff"), nil)
 		p.Send([]byte("topic"), seq(0), stored(1))
 		p.Send(seq(1), stored(2)) // two frames, as some publishers send
-		expect(t, &j, "reset:start live/at_least 0 live/exact 1")
+		expect(t, &j, "connecting/at_least reset:start live/at_least 0 live/exact 1")
 	})
 }
 
@@ -710,7 +710,7 @@ func TestClientListensForAnEngineThatConnects(t *testing.T) {
 		}
 		time.Sleep(time.Minute)
 		publish(t, again, 3)
-		expect(t, &j, "reset:start live/at_least 0 live/exact 1 recovering/exact live/unknown "+
+		expect(t, &j, "connecting/at_least reset:start live/at_least 0 live/exact 1 recovering/exact live/unknown "+
 			"reset:restart 1 live/at_least")
 	})
 }
@@ -741,7 +741,7 @@ func TestListeningClientTakesAConnectionForOneThatHasFallenSilent(t *testing.T) 
 		e := n.engine(func(c *enginesim.Config) { c.Connect, c.NoReplay = true, true })
 		synctest.Wait()
 		publish(t, e, 1)
-		expect(t, &j, "reset:start live/at_least recovering/at_least live/at_least 0 live/exact")
+		expect(t, &j, "connecting/at_least reset:start live/at_least recovering/at_least live/at_least 0 live/exact")
 		if got := c.Status().Err; got != "" {
 			t.Errorf("error %q", got)
 		}
@@ -788,7 +788,7 @@ func TestListeningClientOutlivesWhatIsNotTheEngine(t *testing.T) {
 			t.Fatal(err)
 		}
 		publish(t, e, 1)
-		expect(t, &j, "reset:start live/at_least 0 live/exact")
+		expect(t, &j, "connecting/at_least reset:start live/at_least 0 live/exact")
 		if got := c.Status().Err; got != "" {
 			t.Errorf("a scan of the port is an error of the engine: %q", got)
 		}
@@ -812,7 +812,7 @@ func TestClientFollowsAnEngineThatRestartsWhileReplaysFail(t *testing.T) {
 		}
 		publish(t, e, 11, 12, 13, 14) // held: the replays have not all failed yet
 		time.Sleep(time.Second)
-		expect(t, &j, "reset:start syncing/at_least live/at_least 0 live/exact 1 2 recovering/exact "+
+		expect(t, &j, "connecting/at_least reset:start syncing/at_least live/at_least 0 live/exact 1 2 recovering/exact "+
 			"recovering/unknown reset:restart 0 recovering/exact 1 2 3 live/exact")
 	})
 }
@@ -827,11 +827,12 @@ func TestClientDoesNotBelieveAReplayThatItsConnectionDisproves(t *testing.T) {
 	}{
 		{
 			"it has nothing", 0,
-			"reset:start syncing/at_least live/exact 0 recovering/exact recovering/unknown 5 live/unknown",
+			"connecting/at_least reset:start syncing/at_least live/exact 0 recovering/exact recovering/unknown 5 live/unknown",
 		},
 		{
 			"it has another engine's", 3,
-			"reset:start syncing/at_least 0r syncing/exact 1r 2r live/exact reset:history_lost 0 live/unknown 5",
+			"connecting/at_least reset:start syncing/at_least 0r syncing/exact 1r 2r live/exact " +
+				"reset:history_lost 0 live/unknown 5",
 		},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -854,6 +855,54 @@ func TestClientDoesNotBelieveAReplayThatItsConnectionDisproves(t *testing.T) {
 				time.Sleep(5 * time.Second)
 				expect(t, &j, test.want)
 			})
+		})
+	}
+}
+
+func TestClientAsksAgainUntilAReplayBringsNothingNew(t *testing.T) {
+	t.Parallel()
+	inBubble(t, func(t *testing.T, n *network) {
+		n.engine(func(c *enginesim.Config) { c.NoReplay = true })
+		number := func(seq uint64) []byte { return binary.BigEndian.AppendUint64(nil, seq) }
+		var asked []uint64
+		n.router(func(r *zmtp.Router, id string, frames [][]byte) {
+			from := binary.BigEndian.Uint64(frames[1])
+			asked = append(asked, from)
+			for seq := from; seq < min(from+3, 5); seq++ { // three at a time get through, and the marker
+				r.Send(id, nil, number(seq), stored(event.Hash(seq)))
+			}
+			r.Send(id, nil, number(math.MaxUint64), nil)
+		})
+		var j journal
+		n.client(n.config(), &j)
+		expect(t, &j, "connecting/at_least reset:start syncing/at_least 0r syncing/exact 1r 2r 3r 4r live/exact")
+		if want := []uint64{0, 2, 4}; !slices.Equal(asked, want) {
+			t.Errorf("asked from %v, want %v", asked, want)
+		}
+	})
+}
+
+func TestClientTakesNoReplayOfAnotherTopic(t *testing.T) {
+	t.Parallel()
+	for _, framing := range []enginesim.Framing{enginesim.FramingTopic, enginesim.FramingNoTopic} {
+		inBubble(t, func(t *testing.T, n *network) {
+			e := n.engine(func(c *enginesim.Config) { c.Topic, c.Framing = "kv@a@m", framing })
+			publish(t, e, 1)
+			config := n.config()
+			config.Topic = "kv@b@"
+			var j journal
+			c := n.client(config, &j)
+			time.Sleep(5 * time.Second)
+			publish(t, e, 2)
+			// Without a topic frame nothing tells the batches apart.
+			want := "connecting/at_least reset:start syncing/at_least live/at_least"
+			if framing == enginesim.FramingNoTopic {
+				want = "connecting/at_least reset:start syncing/at_least 0r syncing/exact live/exact"
+			}
+			expect(t, &j, want)
+			if got := c.Status().Err; (framing == enginesim.FramingTopic) != strings.Contains(got, `"kv@a@m"`) {
+				t.Errorf("error %q", got)
+			}
 		})
 	}
 }

@@ -67,7 +67,7 @@ type ZMQClientConfig struct {
 	// without a wildcard. One engine at a time: while its connection lives, others are refused; a new connection from
 	// the same host takes the place of one that has said nothing for 10 seconds.
 	Listen bool
-	// Topic is the prefix of the topics to subscribe to. Empty means all.
+	// Topic is the prefix of the topics to subscribe to. Empty means all. A replay of another topic counts as failed.
 	Topic string
 	// Rank is the data-parallel rank that publishes on this port. It stands in where batches do not say theirs.
 	Rank int

@@ -34,7 +34,7 @@ type ResyncHandler interface {
 
 // StatusHandler is an EventHandler that is told of every change of state, bound or reason, in order with the events: a
 // bound that falls before the batch that made it fall, one that rises behind the batch that made it rise. StateStopped
-// is not told, since no call follows Stop.
+// is not told, since no call follows Stop; the first call says StateConnecting.
 type StatusHandler interface {
 	EventHandler
 	HandleStatus(status Status)

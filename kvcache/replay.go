@@ -4,6 +4,7 @@
 package kvcache
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -113,7 +114,7 @@ func (c *ZMQClient) endReplay(ctx context.Context, wg *sync.WaitGroup, asked uin
 		return false
 	}
 	if !c.seq.givenUp {
-		c.observed.Store(time.Now().UnixNano())
+		c.observe(time.Now())
 	}
 	c.replays = false
 	return true
@@ -143,6 +144,7 @@ func (c *ZMQClient) placeHeld(ctx context.Context, wg *sync.WaitGroup) bool {
 // The ways in which a replay fails.
 var (
 	errReplaySilent   = errors.New("no answer")
+	errReplayTopic    = errors.New("the answer is of another topic than the one asked for")
 	errReplayForeign  = errors.New("the answer is not of the engine that the connection is of")
 	errReplayNonsense = errors.New("the answer is not a replay: want frames of topic, 8-byte sequence number and payload")
 )
@@ -193,6 +195,10 @@ func (c *ZMQClient) replayOnce(ctx context.Context, wg *sync.WaitGroup, asked, f
 		}
 		if m.end() {
 			return endMarked, nil
+		}
+		// Replies without a topic frame have an empty frame there, as has the default topic.
+		if len(frames) > 3 && !bytes.HasPrefix(m.topic, []byte(c.config.Topic)) {
+			return 0, fmt.Errorf("%w: %.64q", errReplayTopic, m.topic)
 		}
 		m.at, m.replayed = conn.LastReceived(), true
 		if wanted, err := c.replayed(ctx, wg, asked, &m); !wanted {

@@ -335,8 +335,9 @@ func (s *sequencer) replayEnded(marker, holdDropped bool) (d decision) {
 		s.reason = ReasonLateStart
 	}
 	s.failures = 0
-	// Silence without the marker may hide a lost end, and so does a hold that overflowed.
-	if (!marker && a.progress) || holdDropped {
+	// An answer can lose its end, with the marker or before it, and a hold can overflow. Whoever asks again from the last
+	// delivered number and gets nothing newer has seen the end.
+	if a.progress || holdDropped {
 		s.request(&d)
 		return d
 	}

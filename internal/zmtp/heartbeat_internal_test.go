@@ -18,7 +18,7 @@ func TestAStoppedProcessDoesNotBlameItsPeer(t *testing.T) {
 		t.Helper()
 		ping, silent, next := h.step(now, last, since, 0)
 		if ping {
-			next = h.pinged(now)
+			next = h.pinged(now, now)
 		}
 		if ping != wantPing || silent != wantSilent || next != wantNext {
 			t.Errorf("at %ds: ping %v, silent %v, next %ds; want %v, %v, %ds", now/s, ping, silent, next/s, wantPing,

@@ -16,7 +16,8 @@ type heartbeat struct {
 
 	muted    bool // nothing can be written any more
 	nextPing int64
-	awaiting int64 // when the oldest PING was sent that no byte has followed yet
+	awaiting int64 // when the oldest PING was written that no byte has followed yet
+	asked    int64 // when its writing began: an answer may be read before we know that it is written
 	due      int64 // when the last step asked to be called again
 	resumed  int64 // when this process was last found to have stood still
 }
@@ -33,10 +34,10 @@ func (h *heartbeat) step(now, last, since, ttl int64) (ping, silent bool, next i
 		h.resumed = now
 	}
 	next = now + int64(time.Hour)
-	if h.awaiting != 0 && last >= h.awaiting {
+	if h.awaiting != 0 && last >= h.asked {
 		h.awaiting = 0
 		if h.muted {
-			h.awaiting = now
+			h.awaiting, h.asked = now, now
 		}
 	}
 	// The peer's time runs only while we read: what it sent during a slow handler waits in the kernel. A Recv that begins
@@ -67,10 +68,11 @@ func (h *heartbeat) step(now, last, since, ttl int64) (ping, silent bool, next i
 	return ping, silent, next
 }
 
-// pinged notes that a PING has been written, and returns when to look again.
-func (h *heartbeat) pinged(now int64) int64 {
+// pinged notes that a PING has been written, between two times, and returns when to look again. The peer's time runs
+// from the second, since a write can wait for long.
+func (h *heartbeat) pinged(began, now int64) int64 {
 	if h.awaiting == 0 {
-		h.awaiting = now
+		h.awaiting, h.asked = now, began
 	}
 	h.due = min(h.due, now+h.timeout)
 	return h.due
@@ -81,7 +83,7 @@ func (h *heartbeat) pinged(now int64) int64 {
 func (h *heartbeat) mute(now int64) {
 	h.muted, h.interval = true, 0
 	if h.awaiting == 0 {
-		h.awaiting = now
+		h.awaiting, h.asked = now, now
 	}
 }
 
@@ -162,10 +164,11 @@ func (c *Conn) keep() {
 			return
 		}
 		if due {
+			began := c.now()
 			if c.sendCommand("PING", ping) != nil {
 				h.mute(c.now())
 			}
-			next = h.pinged(c.now())
+			next = h.pinged(began, c.now())
 		}
 		timer.Reset(time.Duration(next - c.now()))
 	}

@@ -81,6 +81,43 @@ func TestAnsweredPingsKeepAConnection(t *testing.T) {
 	})
 }
 
+// lagging is a connection whose writes return a moment after the peer has read them, as any write may on a busy
+// machine.
+type lagging struct{ net.Conn }
+
+func (l lagging) Write(b []byte) (int, error) {
+	n, err := l.Conn.Write(b)
+	time.Sleep(time.Second)
+	return n, err
+}
+
+func TestAnAnswerThatOvertakesTheEndOfTheWriteCounts(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		ours, theirs := net.Pipe()
+		peer := scripted{theirs, t}
+		go peer.say(hello(1, "PUB"))
+		go func() {
+			peer.hear(64)
+			peer.hear(1)
+			peer.hear(int(peer.hear(1)[0]))
+			for range 20 {
+				peer.expect(defaultPing)
+				peer.say(command("PONG", ""))
+			}
+			peer.Close()
+		}()
+		c, err := zmtp.NewConn(t.Context(), lagging{ours}, zmtp.SUB, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.Recv(); !errors.Is(err, io.EOF) {
+			t.Errorf("%v, though every PING was answered at once", err)
+		}
+		c.Close()
+	})
+}
+
 func TestPingsGoOnWhileAHandlerRuns(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

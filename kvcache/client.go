@@ -409,6 +409,7 @@ func (c *ZMQClient) follow(ctx context.Context, conn *zmtp.Conn) error {
 	c.metrics.IncrementConnectionCount()
 	c.log.Info("connected", "endpoint", c.pub, "remote", addrString(conn.RemoteAddr()))
 	c.opened(ctx, &wg)
+	wg.Go(func() { c.verifyTail(ctx, &wg) })
 	defer func() {
 		cancel() // first, so that no replay goes on behind a lost connection
 		c.connected.Store(false)

@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -878,6 +879,67 @@ func TestClientAsksAgainUntilAReplayBringsNothingNew(t *testing.T) {
 		expect(t, &j, "connecting/at_least reset:start syncing/at_least 0r syncing/exact 1r 2r 3r 4r live/exact")
 		if want := []uint64{0, 2, 4}; !slices.Equal(asked, want) {
 			t.Errorf("asked from %v, want %v", asked, want)
+		}
+	})
+}
+
+func TestClientFindsWhatAnEngineThatFellSilentHadSent(t *testing.T) {
+	t.Parallel()
+	inBubble(t, func(t *testing.T, n *network) {
+		e := n.engine(func(c *enginesim.Config) { c.NoReplay = true })
+		number := func(seq uint64) []byte { return binary.BigEndian.AppendUint64(nil, seq) }
+		var sent atomic.Uint64 // batches that the replay endpoint knows of
+		var mute atomic.Bool
+		n.router(func(r *zmtp.Router, id string, frames [][]byte) {
+			if mute.Load() {
+				return
+			}
+			for seq := binary.BigEndian.Uint64(frames[1]); seq < sent.Load(); seq++ {
+				r.Send(id, nil, number(seq), stored(event.Hash(seq)))
+			}
+			r.Send(id, nil, number(math.MaxUint64), nil)
+		})
+		var j journal
+		c := n.client(n.config(), &j)
+		synctest.Wait()
+		publish(t, e, 0)
+		sent.Store(2) // the second never arrives
+		time.Sleep(2 * time.Second)
+		const soFar = "connecting/at_least reset:start syncing/at_least live/exact 0 1r"
+		expect(t, &j, soFar)
+		sent.Store(3) // nor does the third, much later
+		time.Sleep(34 * time.Second)
+		expect(t, &j, soFar+" 2r")
+
+		// A check that fails proves nothing, neither that something is missing nor that nothing is.
+		mute.Store(true)
+		before := c.Status().ObservedAt
+		time.Sleep(time.Minute)
+		expect(t, &j, soFar+" 2r")
+		if s := c.Status(); s.Bound != kvcache.BoundExact || !s.ObservedAt.Equal(before) ||
+			!strings.Contains(s.Err, "no answer for 5s") {
+			t.Errorf("status %+v, observed before at %v", s, before)
+		}
+		mute.Store(false)
+		time.Sleep(40 * time.Second)
+		if s := c.Status(); s.Err != "" || time.Since(s.ObservedAt) > 40*time.Second {
+			t.Errorf("status %+v", s)
+		}
+	})
+}
+
+func TestClientVerifiesNothingIfToldSo(t *testing.T) {
+	t.Parallel()
+	inBubble(t, func(t *testing.T, n *network) {
+		n.engine(nil)
+		config := n.config()
+		config.VerifyInterval = -1
+		c := n.client(config, &events{})
+		time.Sleep(time.Second)
+		before := c.Status().ObservedAt
+		time.Sleep(time.Hour)
+		if s := c.Status(); !s.ObservedAt.Equal(before) || s.State != kvcache.StateLive {
+			t.Errorf("status %+v, observed before at %v", s, before)
 		}
 	})
 }

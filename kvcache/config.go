@@ -30,9 +30,10 @@ const (
 	MaxReconnectInterval     = 30 * time.Second
 	ReconnectBackoffFactor   = 2.0
 
-	DefaultStopTimeout = 5 * time.Second
-	DefaultMaxHold     = 64 << 20 // bytes
-	DefaultMaxMessage  = 64 << 20 // bytes
+	DefaultStopTimeout    = 5 * time.Second
+	DefaultVerifyInterval = 30 * time.Second
+	DefaultMaxHold        = 64 << 20 // bytes
+	DefaultMaxMessage     = 64 << 20 // bytes
 )
 
 // ZMQClientConfig says where one engine publishes and how patient to be with it.
@@ -74,6 +75,10 @@ type ZMQClientConfig struct {
 	// FromSequence is the first sequence number wanted; what the engine sends below it is left out, even after a restart
 	// that the client has not seen. Zero asks for everything the engine still has, which is what an exact state needs.
 	FromSequence uint64
+
+	// VerifyInterval is how long nothing may come before the engine is asked whether something was lost: a batch that
+	// was the last for a while would be missed by no other. Zero means 30s, a negative value never.
+	VerifyInterval time.Duration
 
 	// MaxMessage limits one message in bytes; a longer one closes the connection. Zero means 64 MiB.
 	MaxMessage int

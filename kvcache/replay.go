@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/maphash"
+	"math/rand/v2"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -113,7 +114,7 @@ func (c *ZMQClient) endReplay(ctx context.Context, wg *sync.WaitGroup, asked uin
 	if d.replay {
 		return false
 	}
-	if !c.seq.givenUp {
+	if err == nil && !c.seq.givenUp {
 		c.observe(time.Now())
 	}
 	c.replays = false
@@ -148,6 +149,41 @@ var (
 	errReplayForeign  = errors.New("the answer is not of the engine that the connection is of")
 	errReplayNonsense = errors.New("the answer is not a replay: want frames of topic, 8-byte sequence number and payload")
 )
+
+// firstCheck is how long after the subscription its tail is looked at for the first time: a batch that was published
+// between subscribing and the replay may have reached neither.
+const firstCheck = time.Second
+
+// verifyTail looks at the tail of the stream until ctx ends: once soon, then whenever nothing came for a while.
+func (c *ZMQClient) verifyTail(ctx context.Context, wg *sync.WaitGroup) {
+	interval := orDefault(c.config.VerifyInterval, DefaultVerifyInterval)
+	if interval < 0 || c.replay == "" {
+		return
+	}
+	for wait, idle := firstCheck, time.Duration(0); ; {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(wait):
+		}
+		if since := time.Since(time.Unix(0, c.observed.Load())); since < idle {
+			wait = idle - since
+			continue
+		}
+		c.checkTail(ctx, wg)
+		// Clients that started together should not ask together.
+		idle = interval - interval/10 + rand.N(interval/5+1)
+		wait = idle
+	}
+}
+
+func (c *ZMQClient) checkTail(ctx context.Context, wg *sync.WaitGroup) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if ctx.Err() == nil {
+		c.obey(ctx, wg, c.seq.check(), &message{})
+	}
+}
 
 // replayEnd says how a replay with a valid answer ended.
 type replayEnd uint8

@@ -63,6 +63,8 @@ type ask struct {
 	from uint64
 	// verify says that from was delivered before, so that the answer must begin with it.
 	verify bool
+	// check says that nothing is known to be missing: the tail is looked at while live messages flow.
+	check bool
 	// count is the number of messages at or after from in the answer so far.
 	count int
 	// progress says that the answer delivered a batch or settled a number.
@@ -131,6 +133,17 @@ func (s *sequencer) connect() (d decision) {
 	if s.started {
 		s.lower(BoundUnknown, ReasonReconnect)
 	}
+	return d
+}
+
+// check asks whether the engine has sent something that never came: the newest batch of an engine that has fallen
+// silent would be missed by no other. Nothing is held meanwhile, and nothing is lost if the check fails.
+func (s *sequencer) check() (d decision) {
+	if s.state != StateLive || s.holding || s.givenUp || !s.replayable {
+		return d
+	}
+	s.request(&d)
+	s.holding, s.ask.check = false, true
 	return d
 }
 
@@ -271,6 +284,10 @@ func (s *sequencer) replayed(seq uint64, p proof) (d decision) {
 			// The engine no longer holds the batch that would tell whether this is the same life.
 			d.reset = ReasonHistoryLost
 			s.forget(d.reset)
+		case a.check && s.last > a.from:
+			// Live messages have come meanwhile, and the bytes of this one are no longer at hand.
+			d.duplicate = true
+			return d
 		case p != same && s.verified:
 			// The connection was proven to be of the life that sent p. It will break if that life has ended.
 			d.foreign = true
@@ -347,6 +364,9 @@ func (s *sequencer) replayEnded(marker, holdDropped bool) (d decision) {
 
 // replayFailed tells that the replay gave no valid answer. The decision is to ask again, or to go on without.
 func (s *sequencer) replayFailed() (d decision) {
+	if s.ask.check {
+		return d
+	}
 	if s.ask.progress {
 		s.failures = 0 // it brought something before it broke
 	}

@@ -21,14 +21,20 @@ FILE holds one payload per line: in hex, as "SEQ HEX", or as written by "kvtap r
 or with "-", standard input is read.
 
 Block hashes are 16 hex digits. token_ids is null where the engine sent none or where they do not fit the blocks. Events
-that could not be understood are listed under "skipped". A line that cannot be read is reported on stderr with its
-number, the rest goes on, and the exit status is 1.`,
+that could not be understood are listed under "skipped", with their place in the batch, counted from 0, and the reason:
+
+  {"index":1,"reason":"BlockRemoved: block_hashes: not a list of hashes"}
+
+A line that cannot be read is reported on stderr with its number, the rest goes on, and the exit status is 1.`,
 		Example: `  kvtap decode run.jsonl.gz
   kvtap decode -o text run.jsonl.gz
   echo 92cb41da3054981000009191b0416c6c426c6f636b73436c6561726564 | kvtap decode`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) > 1 {
 				return usagef("unexpected argument %q: give one file, or pipe several in", args[1])
+			}
+			if len(args) == 1 {
+				return exactly("FILE")(nil, args)
 			}
 			return nil
 		},

@@ -203,7 +203,7 @@ func wantDecoded(t *testing.T, path string) any {
 			events = append(events, map[string]any{"type": kind})
 		default:
 			skipped = append(skipped, map[string]any{
-				"index": json.Number(strconv.Itoa(i)), "reason": "unknown event type", "type": kind,
+				"index": json.Number(strconv.Itoa(i)), "reason": "unknown event type " + kind.(string),
 			})
 		}
 	}

@@ -44,7 +44,7 @@ interrupted or for --duration. The engine has published some batches before it i
 		},
 	}
 	cmd.Flags().DurationVar(&duration, "duration", 0, "end after this `time`, such as 5s; 0 is until interrupted")
-	cmd.Flags().Float64Var(&rate, "rate", 2, "scheduler steps of the engine per `second`")
+	cmd.Flags().Float64Var(&rate, "rate", 2, "`N` scheduler steps of the engine per second")
 	return cmd
 }
 

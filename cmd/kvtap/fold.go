@@ -32,8 +32,8 @@ report blocks again that they stored before, copies is the most there can be and
 certain_copies is left out.
 
 A sequence number that goes back begins another life of the engine, and what was held before is gone. Missing numbers
-are reported on stderr. If something cannot be read that may have removed blocks, the fold begins anew behind it: then
-nothing shown is gone, more may be held, and the exit status is 1.
+are reported on stderr; they alone leave the exit status at 0. If something cannot be read that may have removed blocks,
+the fold begins anew behind it: then nothing shown is gone, more may be held, and the exit status is 1.
 
 FILE is a recording of "kvtap record" or has lines "SEQ HEX"; it may be gzipped. "-" is standard input.`,
 		Example: `  kvtap fold run.jsonl.gz

@@ -82,12 +82,14 @@ func TestTailShowsWhatWasPublishedBeforeItBegan(t *testing.T) {
 			engine, pub, replay := play(t, share, "--framing", framing)
 			engine.until(`{"kind":"played","batches":128}`)
 			tail := start(t, "tail", pub, "--replay", replay, "--json")
-			if got, want := tail.line(), `{"kind":"reset","reason":"start"}`; got != want {
-				t.Errorf("first line %s, want %s", got, want)
-			}
-			if got, want := tail.line(),
-				`{"kind":"state","state":"syncing","bound":"at_least","reason":"start"}`; got != want {
-				t.Errorf("second line %s, want %s", got, want)
+			for i, want := range []string{
+				`{"kind":"state","state":"connecting","bound":"at_least","reason":"start"}`,
+				`{"kind":"reset","reason":"start"}`,
+				`{"kind":"state","state":"syncing","bound":"at_least","reason":"start"}`,
+			} {
+				if got := tail.line(); got != want {
+					t.Errorf("line %d is %s, want %s", i+1, got, want)
+				}
 			}
 			got, replayed := tail.batches(0, 128)
 			if diff := cmp.Diff(decoded(t, share), got); diff != "" || replayed != 128 {
@@ -421,6 +423,9 @@ func TestSimServesItsOwnTraffic(t *testing.T) {
 			t.Errorf("no %s in 50 batches", want)
 		}
 	}
+	if engine.stop(); strings.Contains(engine.stderr.String(), tooSmall) {
+		t.Errorf("stderr of an engine that publishes: %s", engine.stderr)
+	}
 }
 
 func TestSimEndsByItself(t *testing.T) {
@@ -457,10 +462,25 @@ func TestSimPlaysWhatItCanOfABadRecording(t *testing.T) {
 		}
 	}
 	if got := kvtap(t, "", "sim", "--play", "no-such-file", "--pub", anywhere, "--replay",
-		anywhere); got.code != exitFailed {
+		anywhere); got.code != exitFailed || got.stdout != "" || !strings.Contains(got.stderr, "no-such-file") {
 		t.Errorf("no file: %+v", got)
 	}
 }
+
+func TestSimSaysThatItsCacheIsTooSmall(t *testing.T) {
+	t.Parallel()
+	engine := start(t, "sim", "--blocks", "8", "--rate", "100", "--pub", anywhere, "--no-replay")
+	engine.complains(tooSmall)
+	if code := engine.stop(); code != exitInterrupted {
+		t.Errorf("code %d", code)
+	}
+	if got := engine.stderr.String(); strings.Count(got, tooSmall) != 1 || !strings.Contains(got, "blocks=8 ") {
+		t.Errorf("stderr %s", got)
+	}
+}
+
+// tooSmall is what sim says of a cache that no request fits into.
+const tooSmall = "no request fits into the cache"
 
 func TestSimCannotPublishWhereSomebodyElseDoes(t *testing.T) {
 	t.Parallel()

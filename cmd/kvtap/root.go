@@ -11,9 +11,12 @@ import (
 	"log/slog"
 	"runtime"
 	"runtime/debug"
+	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 )
 
 // Exit codes.
@@ -62,6 +65,7 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	root.SetIn(stdin)
 	root.SetOut(stdout)
 	root.SetErr(a.stderr)
+	checkTopics(root)
 	cmd, err := root.ExecuteContextC(ctx)
 	usage := (*usageError)(nil)
 	switch {
@@ -104,7 +108,8 @@ something failed or could not be read, 2 for a mistake in the call and 130 after
 			return a.begin(cmd)
 		},
 	}
-	root.SetVersionTemplate("{{.Name}} {{.Version}}\n")
+	root.SetVersionTemplate(versionTemplate)
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return flagError(err) })
 	flags := root.PersistentFlags()
 	flags.StringVarP(&a.output, "output", "o", "", "output `format`: text or json (default depends on the command)")
 	flags.BoolVar(&a.json, "json", false, "short for --output json")
@@ -117,6 +122,75 @@ something failed or could not be read, 2 for a mistake in the call and 130 after
 	root.AddCommand(a.tailCommand(), a.recordCommand(), a.decodeCommand(), a.foldCommand(), a.simCommand(),
 		a.demoCommand())
 	return root
+}
+
+// versionTemplate is evaluated when the flags are read but not yet checked. A version is plain ASCII, whose quoted form
+// is the same in Go and in JSON.
+const versionTemplate = `{{if or (eq (.Flag "json").Value.String "true") (eq (.Flag "output").Value.String "json") -}}
+{"version":{{printf "%q" .Version}}}
+{{else -}}
+{{.Name}} {{.Version}}
+{{end}}`
+
+// checkTopics makes the commands that cobra adds refuse what they do not know. The streams of root must be set already,
+// because the commands keep them.
+func checkTopics(root *cobra.Command) {
+	root.InitDefaultHelpCmd()
+	root.InitDefaultCompletionCmd()
+	for _, cmd := range root.Commands() {
+		switch cmd.Name() {
+		case "help":
+			cmd.Args = func(_ *cobra.Command, args []string) error {
+				topic, rest, err := root.Find(args)
+				switch {
+				case err != nil:
+					return &usageError{err}
+				case len(rest) > 0:
+					return usagef("there is no help about %q of %q", rest[0], topic.CommandPath())
+				}
+				return nil
+			}
+		case "completion":
+			var shells []string
+			for _, shell := range cmd.Commands() {
+				shells = append(shells, shell.Name())
+			}
+			cmd.Args = func(_ *cobra.Command, args []string) error {
+				if len(args) > 0 {
+					return usagef("unknown shell %q: want one of %s", args[0], strings.Join(shells, ", "))
+				}
+				return nil
+			}
+			// Without a function of its own a command shows its help before its arguments are checked.
+			cmd.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
+			cmd.DisableFlagsInUseLine = true
+		}
+	}
+}
+
+// flagError puts what is wrong with a flag's value in words of its users.
+func flagError(err error) error {
+	invalid := (*pflag.InvalidValueError)(nil)
+	if !errors.As(err, &invalid) {
+		return &usageError{err}
+	}
+	value := invalid.GetValue()
+	fault := "is not a number"
+	_, notNumber := strconv.ParseFloat(value, 64)
+	switch kind := invalid.GetFlag().Value.Type(); {
+	case kind == "duration":
+		fault = "is not a duration such as 30s or 1h30m"
+	case kind == "bool":
+		fault = "is neither true nor false"
+	case errors.Is(err, strconv.ErrRange):
+		fault = "is out of range"
+	case notNumber != nil:
+	case strings.HasPrefix(kind, "uint"):
+		fault = "is not a whole number from 0 on"
+	case strings.HasPrefix(kind, "int"):
+		fault = "is not a whole number"
+	}
+	return usagef("--%s: %.64q %s", invalid.GetFlag().Name, value, fault)
 }
 
 // begin reads the global flags, once cobra has read the command's own.
@@ -207,6 +281,16 @@ func exactly(names ...string) cobra.PositionalArgs {
 		case len(args) > len(names):
 			return usagef("unexpected argument %q", args[len(names)])
 		}
+		// A shell makes an empty argument of a variable that is not set.
+		if i := slices.Index(args, ""); i >= 0 {
+			return usagef("no %s given: want %s", names[i], wanted[names[i]])
+		}
 		return nil
 	}
+}
+
+// wanted says what arguments look like.
+var wanted = map[string]string{
+	"ENDPOINT": "HOST:PORT, tcp://HOST:PORT or ipc:///PATH",
+	"FILE":     "the path of a recording, or -",
 }

@@ -7,6 +7,7 @@ import (
 	"context"
 	"encoding/json"
 	"log/slog"
+	"maps"
 	"os"
 	"runtime/debug"
 	"strings"
@@ -28,7 +29,20 @@ func TestMistakesInTheCallSayWhatToDo(t *testing.T) {
 		{"tail udp://a:1", "not supported"},
 		{"tail a:1 --replay b", "--replay: "},
 		{"tail a:1 --replay a:1", "events and replay are both at"},
-		{"tail a:1 --from-seq x", "--from-seq"},
+		{"tail a:1 --from-seq x", `kvtap: --from-seq: "x" is not a number` + "\n"},
+		{"tail a:1 --from-seq=-1", `--from-seq: "-1" is not a whole number from 0 on` + "\n"},
+		{"tail a:1 --from-seq 99999999999999999999", `--from-seq: "99999999999999999999" is out of range` + "\n"},
+		{"tail a:1 --from-seq", "needs an argument: --from-seq"},
+		{"record a:1 f --count x", `--count: "x" is not a number` + "\n"},
+		{"record a:1 f --duration x", `--duration: "x" is not a duration such as`},
+		{"tail a:1 --json=x", `--json: "x" is neither true nor false` + "\n"},
+		{"sim --blocks 1.5", `--blocks: "1.5" is not a whole number` + "\n"},
+		{"sim --rank x", `--rank: "x" is not a number` + "\n"},
+		{"sim --rate x", `--rate: "x" is not a number` + "\n"},
+		{"completion foo", `unknown shell "foo": want one of bash, fish, powershell, zsh`},
+		{"completion bash foo", "unknown command"},
+		{"help foo", `unknown command "foo"`},
+		{"help tail foo", `no help about "foo" of "kvtap tail"`},
 		{"tail a:1 --unknown", "--unknown"},
 		{"tail a:1 -o yaml", "--output must be text or json"},
 		{"tail a:1 -o text --json", "output"},
@@ -65,6 +79,60 @@ func TestMistakesInTheCallSayWhatToDo(t *testing.T) {
 	}
 }
 
+func TestEmptyArgumentsAreMistakes(t *testing.T) {
+	t.Parallel()
+	const endpoint, file = "kvtap: no ENDPOINT given: want HOST:PORT, ", "kvtap: no FILE given: want "
+	for _, c := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{"tail", ""}, endpoint},
+		{[]string{"record", "", "f"}, endpoint},
+		{[]string{"record", "a:1", ""}, file},
+		{[]string{"decode", ""}, file},
+		{[]string{"fold", ""}, file},
+	} {
+		if got := kvtap(t, "", c.args...); got.code != exitUsage || got.stdout != "" ||
+			!strings.HasPrefix(got.stderr, c.want) {
+			t.Errorf("%q: %+v", c.args, got)
+		}
+	}
+}
+
+func TestHelpNamesTheValuesOfFlags(t *testing.T) {
+	t.Parallel()
+	for command, want := range map[string][]string{
+		"demo": {"--rate N ", "--duration time "},
+		"sim":  {"--rate N ", "--speed N ", "--play FILE ", "--blocks number "},
+		"tail": {"--from-seq number ", "--replay endpoint ", `"pod" and "model"`, "connecting", "stopped"},
+		"fold": {"exit status at 0"},
+	} {
+		got := kvtap(t, "", command, "--help")
+		for _, text := range want {
+			if !strings.Contains(got.stdout, text) {
+				t.Errorf("%s --help does not have %q:\n%s", command, text, got.stdout)
+			}
+		}
+	}
+}
+
+func TestHelpWithoutATopic(t *testing.T) {
+	t.Parallel()
+	for args, want := range map[string]string{
+		"":                       "kvtap [command]",
+		"help":                   "kvtap [command]",
+		"help completion zsh":    "kvtap completion zsh",
+		"completion":             "kvtap completion [command]",
+		"completion --help":      "kvtap completion [command]",
+		"completion bash --help": "kvtap completion bash",
+	} {
+		if got := kvtap(t, "", strings.Fields(args)...); got.code != exitDone || got.stderr != "" ||
+			!strings.Contains(got.stdout, want) {
+			t.Errorf("kvtap %s: %+v", args, got)
+		}
+	}
+}
+
 func TestHelpHasExamples(t *testing.T) {
 	t.Parallel()
 	for _, command := range []string{"", "tail", "record", "decode", "fold", "sim", "demo"} {
@@ -88,6 +156,12 @@ func TestVersion(t *testing.T) {
 	if got := kvtap(t, "", "--version"); got.code != exitDone || !strings.HasPrefix(got.stdout, "kvtap ") ||
 		got.stderr != "" {
 		t.Errorf("%+v", got)
+	}
+	for _, args := range []string{"--version --json", "--json --version", "-o json --version"} {
+		got := kvtap(t, "", strings.Fields(args)...)
+		if got.code != exitDone || got.stderr != "" || !maps.Equal(parse(t, got.stdout), object{"version": version()}) {
+			t.Errorf("%s: %+v", args, got)
+		}
 	}
 	got := describeBuild(&debug.BuildInfo{GoVersion: "go1.26.0", Main: debug.Module{Version: "v1.2.3"},
 		Settings: []debug.BuildSetting{

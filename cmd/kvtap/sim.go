@@ -99,7 +99,7 @@ subscribers have had a second to take the last ones.`,
 		"`N` scheduler steps, or messages of --play, per second (default 10, or at once)")
 	flags.DurationVar(&f.duration, "duration", 0, "end after this `time`")
 	flags.StringVar(&f.play, "play", "", "publish the messages of this recording (`FILE` or -)")
-	flags.Float64Var(&f.speed, "speed", 0, "with --play: `times` the pace of the engine that was recorded")
+	flags.Float64Var(&f.speed, "speed", 0, "with --play: `N` times the pace of the engine that was recorded")
 	flags.BoolVar(&f.wait, "wait-subscriber", false, "begin when somebody has subscribed")
 	flags.BoolVar(&f.exit, "exit", false, "with --play: end when all is published")
 	complete(cmd, "form", formNames()...)
@@ -200,6 +200,15 @@ func (f *simFlags) check(cmd *cobra.Command) (err error) {
 }
 
 func (a *app) sim(ctx context.Context, f *simFlags) error {
+	// Nobody should be told of an engine that has nothing to play. Standard input may have nothing yet: it has to wait.
+	var in *input
+	if f.play != "" && f.play != "-" {
+		var err error
+		if in, err = a.open(ctx, f.play); err != nil {
+			return err
+		}
+		defer in.close()
+	}
 	engine, err := begin(ctx, f.config)
 	if err != nil {
 		return err
@@ -220,13 +229,19 @@ func (a *app) sim(ctx context.Context, f *simFlags) error {
 		}
 	}
 	if f.play == "" {
-		if err := engine.Run(ctx); err != nil {
+		if err := a.serve(ctx, engine, &f.config); err != nil {
 			return err
 		}
 		return context.Cause(ctx)
 	}
+	if in == nil {
+		if in, err = a.open(ctx, f.play); err != nil {
+			return err
+		}
+		defer in.close()
+	}
 	p := player{app: a, flags: f, engine: engine}
-	err = p.play(ctx)
+	err = p.play(ctx, in)
 	engine = p.engine
 	if err != nil {
 		return err
@@ -241,6 +256,35 @@ func (a *app) sim(ctx context.Context, f *simFlags) error {
 		return errReported
 	}
 	return err
+}
+
+// serve lets an engine run until ctx ends, and says so if no request fits into its cache.
+func (a *app) serve(ctx context.Context, engine *enginesim.Engine, config *enginesim.Config) error {
+	ended := make(chan error, 1)
+	go func() { ended <- engine.Run(ctx) }()
+	ticker := time.NewTicker(time.Second)
+	defer ticker.Stop()
+	for known := false; ; {
+		var err error
+		running := true
+		select {
+		case err = <-ended:
+			running = false
+		case <-ticker.C:
+		}
+		if s := engine.Stats(); !known && s.Requests+s.Rejected > 0 {
+			known = true
+			ticker.Stop()
+			// As long as none was accepted none waits, so these cannot have found the queue full.
+			if s.Requests == 0 {
+				a.log.Warn("no request fits into the cache so far, so there is nothing to publish; raise --blocks",
+					"blocks", config.Blocks, "block_size", config.BlockSize, "rejected", s.Rejected)
+			}
+		}
+		if !running {
+			return err
+		}
+	}
 }
 
 // begin starts a simulated engine.
@@ -326,17 +370,12 @@ type player struct {
 	clocked bool
 }
 
-func (p *player) play(ctx context.Context) error {
-	in, err := p.app.open(ctx, p.flags.play)
-	if err != nil {
-		return err
-	}
-	defer in.close()
+func (p *player) play(ctx context.Context, in *input) error {
 	bad := func(line *recording.LineError) {
 		p.failed = true
 		p.app.complain("%s: %v", in.name, line)
 	}
-	err = in.each(bad, func(rec *recording.Record) error {
+	err := in.each(bad, func(rec *recording.Record) error {
 		if !rec.HasSeq {
 			bad(&recording.LineError{Line: in.Line(), Err: errUnnumbered})
 			return nil

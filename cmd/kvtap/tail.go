@@ -34,8 +34,12 @@ With --json each line is an object of one of three kinds, in the order in which 
   {"kind":"state","state":"live","bound":"exact","reason":null}
   {"kind":"reset","reason":"restart"}
 
-Batches are as "kvtap decode" shows them. Who folds them, and forgets everything at each reset, has the engine's state.
-Its bound is exact, at_least (older history is missing: what is shown is there, more may be) or unknown.`,
+Batches are as "kvtap decode" shows them; with --pod or --model, and only then, the keys "pod" and "model" follow
+"replayed". The stream opens with the state connecting and a reset with the reason start. It just ends at an
+interruption: the state stopped is never shown.
+
+Who folds the batches, and forgets everything at each reset, has the engine's state. Its bound is exact, at_least (older
+history is missing: what is shown is there, more may be) or unknown.`,
 		Example: `  kvtap tail 10.0.0.7:5557 --replay 10.0.0.7:5558
   kvtap tail 10.0.0.7:5557 --json | jq -c 'select(.kind == "state")'
   kvtap tail --listen '*:5557'`,

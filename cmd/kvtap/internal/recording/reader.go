@@ -179,7 +179,7 @@ func (r *Reader) parseJSON(line []byte) error {
 		Payload    *string `json:"payload"`
 	}
 	if err := json.Unmarshal(line, &fields); err != nil {
-		return fmt.Errorf("%w: %w", errNotARecord, err)
+		return fmt.Errorf("%w: %w", errNotARecord, inWords(err))
 	}
 	if fields.Payload == nil {
 		return ErrNoPayload
@@ -200,4 +200,17 @@ func (r *Reader) parseJSON(line []byte) error {
 		r.rec.Seq, r.rec.HasSeq = *fields.Seq, true
 	}
 	return nil
+}
+
+// inWords replaces what encoding/json says of a field of the wrong type, which names types of Go.
+func inWords(err error) error {
+	wrong := (*json.UnmarshalTypeError)(nil)
+	if !errors.As(err, &wrong) {
+		return err
+	}
+	want := "a string"
+	if wrong.Field == "seq" {
+		want = "a sequence number, from 0 to 18446744073709551615"
+	}
+	return fmt.Errorf("%q is not %s: %.40s", wrong.Field, want, wrong.Value)
 }

@@ -25,7 +25,8 @@ type Provenance struct {
 }
 
 // AppendBatch appends b as one JSON object, without a newline: ts, data_parallel_rank, events and skipped.
-// Hashes are 16 hex digits; token_ids is null where the tokens do not describe the blocks.
+// Hashes are 16 hex digits; token_ids is null where the tokens do not describe the blocks. A skipped event has its
+// index and a reason, which names the event's type where that could be read.
 func AppendBatch(dst []byte, b *event.Batch) []byte {
 	dst = append(dst, '{')
 	dst = appendBatchFields(dst, b)
@@ -113,18 +114,15 @@ func appendBatchFields(dst []byte, b *event.Batch) []byte {
 		dst = appendEvent(dst, &b.Events[i])
 	}
 	dst = append(dst, `],"skipped":[`...)
-	for i, s := range b.Skipped {
+	for i := range b.Skipped {
+		s := &b.Skipped[i]
 		if i > 0 {
 			dst = append(dst, ',')
 		}
 		dst = append(dst, `{"index":`...)
 		dst = strconv.AppendInt(dst, int64(s.Index), 10)
 		dst = append(dst, `,"reason":`...)
-		dst = AppendString(dst, s.Reason)
-		if s.Tag != nil {
-			dst = append(dst, `,"type":`...)
-			dst = AppendString(dst, s.Tag)
-		}
+		dst = AppendString(dst, skipReason(s))
 		dst = append(dst, '}')
 	}
 	return append(dst, ']')

@@ -122,10 +122,15 @@ func TestBatchesAsJSON(t *testing.T) {
 				},
 				{Type: event.AllBlocksCleared, Medium: []byte("GPU")},
 			},
-			Skipped: []event.Skip{{Index: 1, Reason: "r"}, {Index: 3, Reason: "s", Tag: []byte(`"`)}},
+			Skipped: []event.Skip{
+				{Index: 1, Reason: "r"}, {Index: 3, Reason: "s", Tag: []byte("\"\x1b")},
+				{Index: 4, Reason: "unknown event type", Tag: []byte("T\n")},
+				{Index: 5, Reason: "unknown event type", Tag: []byte{}},
+			},
 		}, batch("null", "null", `{"type":"BlockRemoved","block_hashes":["0000000000000001","0000000000000002"],`+
 			`"medium":"CPU","group_idx":null,"locality":null,"ownership":"o"},{"type":"AllBlocksCleared"}`,
-			`{"index":1,"reason":"r"},{"index":3,"reason":"s","type":"\""}`)},
+			`{"index":1,"reason":"r"},{"index":3,"reason":"\"`+"\ufffd"+`: s"},`+
+				`{"index":4,"reason":"unknown event type T`+"\ufffd"+`"},{"index":5,"reason":"unknown event type \"\""}`)},
 	} {
 		got := string(render.AppendBatch(nil, &c.batch))
 		if diff := cmp.Diff(c.want, got); diff != "" || !json.Valid([]byte(got)) {
@@ -176,7 +181,7 @@ func TestTable(t *testing.T) {
 			Group: event.Some[int64](1)},
 		{Type: event.AllBlocksCleared},
 	}}
-	late := &event.Batch{Skipped: []event.Skip{{Reason: "odd"}}}
+	late := &event.Batch{Skipped: []event.Skip{{Reason: "odd"}, {Reason: "odd", Tag: []byte("BlockRemoved")}}}
 	table := &render.Table{Source: true, Zone: time.FixedZone("CET", 3600)}
 	var out []byte
 	out = table.AppendHeader(out)
@@ -193,6 +198,7 @@ func TestTable(t *testing.T) {
 11:26:41.000  -- live, exact
 2025-09-11 CET
 00:00:00.000         -  live    skipped  odd
+00:00:00.000         -  live    skipped  BlockRemoved: odd
 -                    -  live    nothing
 `
 	if diff := cmp.Diff(want, string(out)); diff != "" {

@@ -79,12 +79,7 @@ func (t *Table) AppendBatch(dst []byte, b *event.Batch, row Row) []byte {
 		dst = t.appendLine(dst, t.eventColour(e.Type, row.Replayed), prefix+describe(e))
 	}
 	for i := range b.Skipped {
-		s := &b.Skipped[i]
-		what := s.Reason
-		if s.Tag != nil {
-			what = Clean(s.Tag) + ": " + what
-		}
-		dst = t.appendLine(dst, red, prefix+"skipped  "+what)
+		dst = t.appendLine(dst, red, prefix+"skipped  "+skipReason(&b.Skipped[i]))
 	}
 	if len(b.Events)+len(b.Skipped) == 0 {
 		dst = t.appendLine(dst, dim, prefix+"nothing")
@@ -175,6 +170,22 @@ func describe(e *event.Event) string {
 	}
 	return fmt.Sprintf("%-7s  %6d  %-16s  %-16s  %6s  %-10s  %s",
 		kind, len(e.Hashes), first, parent, tokens, medium, strings.Join(more, ", "))
+}
+
+// unknownType is the Reason of an event whose type is none that package event knows.
+const unknownType = "unknown event type"
+
+// skipReason says why an event was skipped, and of what type it was where that could be read.
+func skipReason(s *event.Skip) string {
+	switch {
+	case s.Tag == nil:
+		return s.Reason
+	case s.Reason != unknownType:
+		return Clean(s.Tag) + ": " + s.Reason
+	case len(s.Tag) == 0:
+		return unknownType + ` ""`
+	}
+	return unknownType + " " + Clean(s.Tag)
 }
 
 func keyed(blocks []event.BlockKeys) (n int) {

@@ -309,11 +309,11 @@ func (c *ZMQClient) runListening(ctx context.Context, l net.Listener) {
 			host := hostOf(conn.RemoteAddr())
 			connected := hostOf(current.RemoteAddr())
 			if host != connected || time.Since(current.LastReceived()) < silentAfter {
-				if !refused[host] {
+				if !refused[host] && len(refused) < maxWarned {
 					c.log.Warn("engine_refused", "host", host, "connected", connected,
 						"hint", "one client follows one engine; give each engine an endpoint of its own")
+					refused[host] = true
 				}
-				refused[host] = true
 				return false
 			}
 			_ = current.Close()

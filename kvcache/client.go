@@ -575,7 +575,7 @@ func (c *ZMQClient) deliver(m *message) {
 	if cap(c.lastPayload) > maxKeptPayload && len(m.payload) <= maxKeptPayload {
 		c.lastPayload = nil
 	}
-	// A copy costs a fifth of a digest, and cannot take one batch for another.
+	// A copy costs less than a digest, and cannot take one batch for another.
 	c.lastPayload = append(c.lastPayload[:0], m.payload...)
 	if m.replayed {
 		c.overlap.add(m)

@@ -928,6 +928,26 @@ func TestClientFindsWhatAnEngineThatFellSilentHadSent(t *testing.T) {
 	})
 }
 
+func TestACheckThatDeniesTheLastBatchProvesNothing(t *testing.T) {
+	t.Parallel()
+	inBubble(t, func(t *testing.T, n *network) {
+		e := n.engine(func(c *enginesim.Config) { c.NoReplay = true })
+		n.router(func(r *zmtp.Router, id string, _ [][]byte) { // it has no batches at all
+			r.Send(id, nil, []byte("\xff\xff\xff\xff\xff\xff\xff\xff"), nil)
+		})
+		var j journal
+		c := n.client(n.config(), &j)
+		synctest.Wait()
+		publish(t, e, 1)
+		before := c.Status().ObservedAt
+		time.Sleep(2 * time.Minute)
+		expect(t, &j, "connecting/at_least reset:start syncing/at_least live/exact 0")
+		if s := c.Status(); !s.ObservedAt.Equal(before) {
+			t.Errorf("observed at %v, the batch came at %v", s.ObservedAt, before)
+		}
+	})
+}
+
 func TestClientVerifiesNothingIfToldSo(t *testing.T) {
 	t.Parallel()
 	inBubble(t, func(t *testing.T, n *network) {

@@ -106,6 +106,7 @@ func (c *ZMQClient) endReplay(ctx context.Context, wg *sync.WaitGroup, asked uin
 		}
 	}
 	c.obey(ctx, wg, d, &message{})
+	denied := d.foreign
 	if c.replayAsked != asked || !c.placeHeld(ctx, wg) {
 		return false
 	}
@@ -114,7 +115,7 @@ func (c *ZMQClient) endReplay(ctx context.Context, wg *sync.WaitGroup, asked uin
 	if d.replay {
 		return false
 	}
-	if err == nil && !c.seq.givenUp {
+	if err == nil && !denied && !c.seq.givenUp {
 		c.observe(time.Now())
 	}
 	c.replays = false

@@ -338,9 +338,13 @@ func (s *sequencer) replaced() (d decision) {
 func (s *sequencer) replayEnded(marker, holdDropped bool) (d decision) {
 	a := s.ask
 	switch {
-	case a.count == 0 && !marker, a.count == 0 && a.verify && s.verified:
-		// No answer, or one that denies what this very connection has brought.
+	case a.count == 0 && !marker:
 		return s.replayFailed()
+	case a.count == 0 && a.verify && s.verified:
+		// It denies what this very connection has brought.
+		d = s.replayFailed()
+		d.foreign = true
+		return d
 	case a.count == 0 && a.verify:
 		// Not even the number asked for: the process that sent it is gone.
 		s.failures = 0

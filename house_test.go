@@ -69,12 +69,15 @@ func TestRoomsImportOnlyWhatTheyMay(t *testing.T) {
 	t.Parallel()
 	const root = "github.com/kvtap/kvtap/"
 	may := map[string][]string{
-		"event":            {},
-		"internal/zmtp":    {},
-		"internal/memnet":  {},
-		"internal/interop": {},
-		"kvcache":          {"event", "internal/zmtp"},
-		"enginesim":        {"event", "internal/zmtp"},
+		"event":               {},
+		"internal/zmtp":       {},
+		"internal/memnet":     {},
+		"internal/interop":    {},
+		"internal/leak":       {},
+		"internal/simulation": {},
+		"e2e":                 {},
+		"kvcache":             {"event", "internal/zmtp"},
+		"enginesim":           {"event", "internal/zmtp"},
 	}
 	const format = `{{.ImportPath}} {{join .Imports " "}}`
 	out, err := exec.CommandContext(t.Context(), "go", "list", "-f", format, "./...").Output()

@@ -8,6 +8,14 @@
 //
 // A test drives an Engine step by step: Submit a request, Step, compare. A demonstration lets it Run, on requests that
 // a Traffic makes up. Recorded batches are published with Play.
+//
+// An engine also misbehaves as real ones do, with their hosts and networks: Inject a Fault, or let a Script inject many
+// (Config.Faults, RandomScript). Processes die and come back with numbers that begin anew, networks part, replays lose
+// messages, numbers are burned. The truth stays known: Truth is that of the present Life, and Heal ends what is wrong,
+// so that a listener can then be held to it. A fault is a matter of the engine's own state and of its end of each
+// connection, so all of them work over real sockets and over a network in memory (Config.Listen and Config.Dial), there
+// also in a bubble of testing/synctest. One seed gives one script, one order of events and one truth; which queued
+// messages a kill still lets out depends on the moment, as it does in life.
 package enginesim
 
 import (
@@ -18,12 +26,12 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"math"
 	"net"
 	"sync"
 	"time"
 
 	"github.com/kvtap/kvtap/event"
-	"github.com/kvtap/kvtap/internal/zmtp"
 )
 
 // Errors of an engine.
@@ -36,6 +44,9 @@ var (
 
 	// ErrQueueFull says that too many requests wait already.
 	ErrQueueFull = errors.New("enginesim: queue is full")
+
+	// ErrDown says that the engine's process was killed (FaultKill) and is not started again yet.
+	ErrDown = errors.New("enginesim: engine is down")
 )
 
 // Framing says how replayed batches are framed.
@@ -124,7 +135,12 @@ type Config struct {
 	// MaxRunning and MaxWaiting bound the requests that run and that wait. Zero means 64 and 1024.
 	MaxRunning, MaxWaiting int
 
-	// Listen and Dial replace the operating system's network. Nil means the real one.
+	// Faults are injected by Step, and so by Run: each just before the work of the step with its number, counted from 0
+	// over the engine's whole time, whether the process runs or not.
+	Faults Script
+
+	// Listen and Dial replace the operating system's network. Nil means the real one. They are called again after a
+	// restart or a partition, and must not call Inject or Heal.
 	Listen func(ctx context.Context, network, address string) (net.Listener, error)
 	Dial   func(ctx context.Context, network, address string) (net.Conn, error)
 
@@ -144,25 +160,42 @@ type Engine struct {
 	// mu makes scheduling and publishing one, so that the order of numbers is the order of events, and Truth fits the last
 	// number at any moment.
 	mu       sync.Mutex
+	life     int
 	schedule scheduler
 	traffic  *Traffic // nil if quiet
 	batch    event.Batch
 	scratch  []byte
 	history  ring
 	next     uint64
-	last     uint64 // number of the last batch, if there was one
+	last     uint64 // number of the last batch of this life, if there was one
+	numbered bool   // there was one
+	stamp    int64  // the latest timestamp of any life, in microseconds
+	floor    int64  // the earliest that this life may use
 	batches  uint64 // published
 	replays  uint64 // replay requests answered
 	dropped  uint64 // messages of replays that did not reach the peer's queue
 	started  bool
 	closed   bool
-	done     chan struct{} // closed by Close
 
-	pub                 *zmtp.Publisher // nil until started
-	router              *zmtp.Router    // nil until started, and without replay
+	// What is wrong, and until when. There is no process while the engine is down or not started.
+	down, stopped, partitioned bool
+	restartAt                  time.Time // zero: not by itself
+	restartN                   int
+	stoppedUntil, cutUntil     time.Time
+	pending                    pending
+	healed                     chan struct{} // closed and replaced by Heal
+	injected                   [FaultClear + 1]int
+	script                     Script // what is left of it
+	steps                      int
+
+	process             *process
+	changed             chan struct{} // closed and replaced with every process
 	pubAddr, replayAddr string
-	cancel              context.CancelFunc
-	tasks               sync.WaitGroup
+
+	turn   chan struct{}   // has room for one: see lock
+	ctx    context.Context // ends with Close
+	cancel context.CancelFunc
+	tasks  sync.WaitGroup // of faults that run out
 }
 
 // New returns an engine that has no sockets yet. Steps before Start only fill the replay buffer.
@@ -204,25 +237,25 @@ func New(config Config) (*Engine, error) {
 	case config.Framing > FramingNoTopic:
 		return nil, fmt.Errorf("enginesim: unknown Framing %d", config.Framing)
 	}
-	e := &Engine{
-		config:  config,
-		framing: config.Framing,
-		log:     config.Logger.With("model", config.Model, "rank", config.Rank),
-		schedule: scheduler{
-			pool: NewPool(PoolConfig{
-				Blocks:        config.Blocks,
-				BlockSize:     config.BlockSize,
-				HashSeed:      config.HashSeed,
-				GroupRemovals: config.GroupRemovals,
-			}),
-			maxRunning: config.MaxRunning,
-			maxWaiting: config.MaxWaiting,
-			quantum:    config.TokensPerStep,
-		},
-		history: ring{limit: max(config.BufferSteps, 0)},
-		next:    config.FirstSeq,
-		done:    make(chan struct{}),
+	script, err := config.Faults.sorted()
+	if err != nil {
+		return nil, err
 	}
+	e := &Engine{
+		config:   config,
+		framing:  config.Framing,
+		log:      config.Logger.With("model", config.Model, "rank", config.Rank),
+		schedule: newScheduler(&config),
+		history:  ring{limit: max(config.BufferSteps, 0)},
+		next:     config.FirstSeq,
+		floor:    math.MinInt64,
+		stamp:    math.MinInt64,
+		script:   script,
+		healed:   make(chan struct{}),
+		changed:  make(chan struct{}),
+		turn:     make(chan struct{}, 1),
+	}
+	e.ctx, e.cancel = context.WithCancel(context.Background())
 	if e.framing == FramingOfForm {
 		e.framing = FramingTopic
 		if config.Form < event.VLLM026 {
@@ -239,14 +272,32 @@ func New(config Config) (*Engine, error) {
 	return e, nil
 }
 
+func newScheduler(config *Config) scheduler {
+	return scheduler{
+		pool: NewPool(PoolConfig{
+			Blocks:        config.Blocks,
+			BlockSize:     config.BlockSize,
+			HashSeed:      config.HashSeed,
+			GroupRemovals: config.GroupRemovals,
+		}),
+		maxRunning: config.MaxRunning,
+		maxWaiting: config.MaxWaiting,
+		quantum:    config.TokensPerStep,
+	}
+}
+
 // Submit queues a request. The channel has room for the one Result that it gets when the request ends, so it need not
 // be read. The request's slices must not change until then.
 func (e *Engine) Submit(r Request) <-chan Result {
 	finish := make(chan Result, 1)
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.closed {
+	switch {
+	case e.closed:
 		finish <- Result{Err: ErrClosed}
+		return finish
+	case e.down:
+		finish <- Result{Err: ErrDown}
 		return finish
 	}
 	e.schedule.submit(r, finish)
@@ -254,30 +305,45 @@ func (e *Engine) Submit(r Request) <-chan Result {
 }
 
 // Step runs one scheduler step: requests arrive (unless Quiet is set), running ones compute some tokens, waiting ones
-// start. It reports whether anything happened to the cache; if so, one batch was published.
+// start. It reports whether anything happened to the cache; if so, one batch was published. Faults that Config.Faults
+// has for this step come first. Nothing else happens, which is no error, while the process is down or stopped.
 func (e *Engine) Step() (published bool, err error) {
+	if err := e.playScript(); err != nil {
+		return false, err
+	}
 	now := e.config.Now()
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.closed {
+	switch {
+	case e.closed:
 		return false, ErrClosed
+	case e.down || e.stopped:
+		return false, nil
 	}
+	return e.publishEvents(now, e.advance())
+}
+
+// advance is one scheduler step with its arrivals. e.mu is held.
+func (e *Engine) advance() []event.Event {
 	if e.traffic != nil {
 		for _, r := range e.traffic.Next() {
 			e.schedule.submit(r, nil)
 		}
 	}
-	return e.publishEvents(now, e.schedule.step())
+	return e.schedule.step()
 }
 
 // Reset drops the cache and publishes an AllBlocksCleared; running requests wait again. A real engine sends it with its
-// next step, so an idle one late.
+// next step, so an idle one late. While the engine is down nothing happens, which is no error.
 func (e *Engine) Reset() error {
 	now := e.config.Now()
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.closed {
+	switch {
+	case e.closed:
 		return ErrClosed
+	case e.down:
+		return nil
 	}
 	_, err := e.publishEvents(now, e.schedule.reset())
 	return err
@@ -294,7 +360,7 @@ func (e *Engine) Run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-e.done:
+		case <-e.ctx.Done():
 			return ErrClosed
 		case <-timer.C:
 		}
@@ -317,7 +383,8 @@ func period(rate float64) time.Duration {
 }
 
 // Publish sends a payload of the caller's making, which is copied, under the next number. It changes nothing in the
-// cache: Truth does not know of it.
+// cache: Truth does not know of it. While the engine is down nothing happens, which is no error; while it is stopped
+// the message waits in its queue.
 func (e *Engine) Publish(payload []byte) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -343,7 +410,8 @@ func (e *Engine) PublishBatch(b *event.Batch) error {
 }
 
 // Truth returns the hashes that the cache holds, each with the number of its copies, and the number that the next batch
-// will have: it is what all batches below next add up to, as far as the engine made them itself.
+// will have: it is what all batches of this life below next add up to, as far as the engine made them itself. While the
+// engine is down, that is still the life that ended.
 func (e *Engine) Truth() (held map[event.Hash]int, next uint64) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -358,11 +426,11 @@ func (e *Engine) Match(r Request) int {
 	return e.schedule.pool.Match(r) * e.schedule.pool.BlockSize()
 }
 
-// LastSeq returns the number of the last batch; ok is false if there was none.
+// LastSeq returns the number of the last batch of this life; ok is false if there was none.
 func (e *Engine) LastSeq() (seq uint64, ok bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	return e.last, e.batches > 0
+	return e.last, e.numbered
 }
 
 // Stats returns what the engine has done so far.
@@ -381,7 +449,7 @@ func (e *Engine) publishEvents(now time.Time, events []event.Event) (published b
 	if len(events) == 0 {
 		return false, nil
 	}
-	e.batch.Time = event.Some(float64(now.UnixMicro()) / 1e6)
+	e.batch.Time = e.timestamp(now)
 	e.batch.Events = events
 	if e.config.Rank >= 0 {
 		e.batch.Rank = event.Some(int64(e.config.Rank))
@@ -394,20 +462,46 @@ func (e *Engine) publishEvents(now time.Time, events []event.Event) (published b
 		e.next++
 		return false, fmt.Errorf("enginesim: %w", err)
 	}
-	return true, e.publish(e.next, bytes.Clone(e.scratch))
+	payload := bytes.Clone(e.scratch)
+	if e.process != nil && e.pending.unknownEvents > 0 {
+		e.pending.unknownEvents--
+		payload = withUnknownEvent(payload, e.config.Form)
+	}
+	return true, e.publish(e.next, payload)
+}
+
+// timestamp returns the time of a batch in seconds. Time goes on from one life to the next, be it by a microsecond, as
+// it does for real processes: no two lives send the same bytes. e.mu is held.
+func (e *Engine) timestamp(now time.Time) event.Opt[float64] {
+	micros := max(now.UnixMicro(), e.floor)
+	e.stamp = max(e.stamp, micros)
+	return event.Some(float64(micros) / 1e6)
 }
 
 // publish is the one way out: it numbers a payload, which must never change again, keeps it for replay and sends it to
 // the subscribers. e.mu is held.
 func (e *Engine) publish(seq uint64, payload []byte) error {
-	if e.closed {
+	switch {
+	case e.closed:
 		return ErrClosed
+	case e.down:
+		return nil
 	}
-	e.last, e.next = seq, seq+1
+	e.last, e.next, e.numbered = seq, seq+1, true
 	e.batches++
 	e.history.add(message{seq, payload})
-	if e.pub != nil {
-		e.pub.Send([]byte(e.config.Topic), binary.BigEndian.AppendUint64(nil, seq), payload)
+	if e.process == nil {
+		return nil
+	}
+	number := binary.BigEndian.AppendUint64(nil, seq)
+	switch {
+	case e.pending.dropLive > 0:
+		e.pending.dropLive--
+	case e.pending.twoFrames > 0:
+		e.pending.twoFrames--
+		e.process.pub.Send(number, payload)
+	default:
+		e.process.pub.Send([]byte(e.config.Topic), number, payload)
 	}
 	return nil
 }

@@ -68,3 +68,43 @@ func ExampleEngine_Run() {
 	fmt.Println(<-ended)
 	// Output: <nil>
 }
+
+// A test of what its subject makes of an engine's misfortunes injects them, heals the engine and compares.
+func ExampleEngine_Inject() {
+	engine, err := enginesim.New(enginesim.Config{
+		PubEndpoint:    "tcp://127.0.0.1:0",
+		ReplayEndpoint: "tcp://127.0.0.1:0",
+		Faults: enginesim.Script{ // by Step
+			{Step: 3, Fault: enginesim.Fault{Kind: enginesim.FaultDropLive, N: 2}},
+			{Step: 6, Fault: enginesim.Fault{Kind: enginesim.FaultBurn}},
+		},
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	if err := engine.Start(context.Background()); err != nil {
+		log.Fatal(err)
+	}
+	defer engine.Close()
+	for range 10 {
+		if _, err := engine.Step(); err != nil {
+			log.Fatal(err)
+		}
+	}
+	_, next := engine.Truth()
+	fmt.Println("life", engine.Life(), "- the next number is", next)
+
+	// A process that is gone publishes nothing, and its successor knows nothing.
+	if err := engine.Inject(enginesim.Fault{Kind: enginesim.FaultKill}); err != nil {
+		log.Fatal(err)
+	}
+	published, err := engine.Step()
+	fmt.Println("published:", published, err)
+	engine.Heal()
+	held, next := engine.Truth()
+	fmt.Println("life", engine.Life(), "- blocks held:", len(held), "- the next number is", next)
+	// Output:
+	// life 0 - the next number is 11
+	// published: false <nil>
+	// life 1 - blocks held: 0 - the next number is 0
+}

@@ -28,7 +28,7 @@ func Play(ctx context.Context, engine *Engine, batches iter.Seq2[uint64, []byte]
 		if interval > 0 {
 			select {
 			case <-ctx.Done():
-			case <-engine.done:
+			case <-engine.ctx.Done():
 			case <-timer.C:
 			}
 		}

@@ -38,3 +38,16 @@ func (r *ring) from(start uint64) []message {
 	}
 	return found
 }
+
+// keep forgets all but the newest n messages, of which there is at least 1, and from then on has room for no more: a
+// buffer that forgot and then grew would be none that an engine has.
+func (r *ring) keep(n int) {
+	if n >= len(r.messages) {
+		return
+	}
+	newest := make([]message, 0, n)
+	for i := len(r.messages) - n; i < len(r.messages); i++ {
+		newest = append(newest, r.messages[(r.oldest+i)%len(r.messages)])
+	}
+	r.messages, r.oldest, r.limit = newest, 0, n
+}

@@ -5,80 +5,177 @@ package enginesim
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
 	"strings"
+	"sync"
 
 	"github.com/kvtap/kvtap/internal/zmtp"
 )
 
-// Start binds the sockets, or begins to connect out, and serves until Close. The context is for the binding alone.
-// After an error the engine can be started again.
-func (e *Engine) Start(ctx context.Context) error {
-	e.mu.Lock()
-	switch {
-	case e.closed:
-		e.mu.Unlock()
+// process is what dies with the process of one life: its sockets and the goroutines that serve them.
+type process struct {
+	line   *line
+	pub    *zmtp.Publisher
+	router *zmtp.Router // nil without replay
+	ctx    context.Context
+	cancel context.CancelFunc
+	tasks  sync.WaitGroup
+
+	// The bound sockets; nil where there is none.
+	pubDoor, replayDoor *door
+}
+
+// end closes everything and waits for it. Nothing waits for e.mu or for time to pass meanwhile.
+func (p *process) end() {
+	p.cancel()
+	p.line.die()
+	p.pub.Close()
+	if p.router != nil {
+		p.router.Close()
+	}
+	p.tasks.Wait()
+}
+
+// lock takes the turn of those who open and close sockets: Start, Inject, Heal, and faults that run out. It is a
+// channel and not a mutex because a listener of the caller's may block. It fails when the engine is closed.
+func (e *Engine) lock() error {
+	select {
+	case e.turn <- struct{}{}:
+	case <-e.ctx.Done():
 		return ErrClosed
-	case e.started:
-		e.mu.Unlock()
-		return errors.New("enginesim: engine is started already")
 	}
-	e.started = true
-	e.mu.Unlock()
-
-	pub, replay, err := e.listen(ctx)
-
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if err == nil && e.closed {
-		err = ErrClosed
+	if e.ctx.Err() != nil {
+		e.unlock()
+		return ErrClosed
 	}
-	if err != nil {
-		e.started = false
-		closeAll(pub, replay)
-		return err
-	}
-	ctx, e.cancel = context.WithCancel(context.WithoutCancel(ctx))
-	e.pub = zmtp.NewPublisher(e.options(), e.config.HWM)
-	e.pubAddr = e.config.PubEndpoint
-	if pub != nil {
-		e.pubAddr = resolve(e.config.PubEndpoint, pub.Addr())
-		e.tasks.Go(func() { e.ended("publisher", e.pub.Serve(ctx, pub)) })
-	} else {
-		e.tasks.Go(func() { e.ended("publisher", e.pub.Connect(ctx, e.config.PubEndpoint)) })
-	}
-	if replay != nil {
-		e.router = zmtp.NewRouter(e.options(), e.config.ReplayHWM)
-		e.replayAddr = resolve(e.config.ReplayEndpoint, replay.Addr())
-		e.tasks.Go(func() { e.ended("replay", e.router.Serve(ctx, replay)) })
-		e.tasks.Go(func() { e.answer(ctx) })
-	}
-	e.log.Info("engine started", "pub_endpoint", e.pubAddr, "replay_endpoint", e.replayAddr)
 	return nil
 }
 
-// listen binds what is to be bound. Both may be non-nil even with an error.
+func (e *Engine) unlock() { <-e.turn }
+
+// Start binds the sockets, or begins to connect out, and serves until Close. The context is for the binding alone.
+// After an error the engine can be started again. An engine that was killed before it started cannot be: ErrDown.
+func (e *Engine) Start(ctx context.Context) error {
+	if err := e.lock(); err != nil {
+		return err
+	}
+	defer e.unlock()
+	e.mu.Lock()
+	started, down := e.started, e.down
+	e.mu.Unlock()
+	switch {
+	case started:
+		return errors.New("enginesim: engine is started already")
+	case down:
+		return ErrDown
+	}
+	pub, replay, err := e.listen(ctx)
+	if err == nil {
+		err = e.open(pub, replay, false, func() error {
+			e.started = true
+			e.pubAddr = e.config.PubEndpoint
+			if pub != nil {
+				e.pubAddr = resolve(e.config.PubEndpoint, pub.Addr())
+			}
+			if replay != nil {
+				e.replayAddr = resolve(e.config.ReplayEndpoint, replay.Addr())
+			}
+			return nil
+		})
+	}
+	if err != nil {
+		closeAll(pub, replay)
+		return err
+	}
+	publishing, answering := e.Endpoints()
+	e.log.Info("engine started", "pub_endpoint", publishing, "replay_endpoint", answering)
+	return nil
+}
+
+// open makes a process with these listeners and lets it serve. With cut its network is partitioned, and there are no
+// listeners. prepare is called first, under e.mu, so that it and the sockets come at once. The turn is held.
+func (e *Engine) open(pub, replay net.Listener, cut bool, prepare func() error) error {
+	p := &process{line: newLine(e.config.Dial)}
+	p.line.refuse(cut)
+	o := &zmtp.Options{
+		Dial:              p.line.dialContext,
+		HeartbeatInterval: -1, // libzmq sends no PINGs unless told to, which engines do not; it answers them
+	}
+	p.ctx, p.cancel = context.WithCancel(e.ctx)
+	p.pub = zmtp.NewPublisher(o, e.config.HWM)
+	if !e.config.Connect {
+		p.pubDoor = newDoor(p.line)
+	}
+	if !e.config.NoReplay {
+		p.replayDoor = newDoor(p.line)
+		p.router = zmtp.NewRouter(o, e.config.ReplayHWM)
+	}
+
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.closed {
+		p.end()
+		return ErrClosed
+	}
+	if err := prepare(); err != nil {
+		p.end()
+		return err
+	}
+	if e.stopped {
+		p.line.stop()
+	}
+	if pub != nil {
+		p.pubDoor.open(pub)
+	}
+	if replay != nil {
+		p.replayDoor.open(replay)
+	}
+	if p.pubDoor != nil {
+		p.tasks.Go(func() { e.ended(p, "publisher", p.pub.Serve(p.ctx, p.pubDoor)) })
+	} else {
+		p.tasks.Go(func() { e.ended(p, "publisher", p.pub.Connect(p.ctx, e.config.PubEndpoint)) })
+	}
+	if p.router != nil {
+		p.tasks.Go(func() { e.ended(p, "replay", p.router.Serve(p.ctx, p.replayDoor)) })
+		p.tasks.Go(func() { e.ended(p, "replay", e.answer(p)) })
+	}
+	e.process = p
+	e.turned()
+	return nil
+}
+
+// turned tells those who wait for subscribers that there is another process, or none. e.mu is held.
+func (e *Engine) turned() {
+	close(e.changed)
+	e.changed = make(chan struct{})
+}
+
+// listen binds what is to be bound, where it was bound before if it was. Both may be non-nil even with an error.
 func (e *Engine) listen(ctx context.Context) (pub, replay net.Listener, err error) {
+	pubEndpoint, replayEndpoint := e.config.PubEndpoint, e.config.ReplayEndpoint
+	if at, also := e.Endpoints(); at != "" {
+		pubEndpoint, replayEndpoint = at, also
+	}
+	o := &zmtp.Options{ListenFunc: e.config.Listen}
 	if e.config.Connect {
-		network, address, err := zmtp.ParseEndpoint(e.config.PubEndpoint)
+		network, address, err := zmtp.ParseEndpoint(pubEndpoint)
 		if err != nil {
 			return nil, nil, fmt.Errorf("enginesim: connecting the publisher: %w", err)
 		}
 		if network == "tcp" && (strings.HasPrefix(address, ":") || strings.HasSuffix(address, ":0")) {
 			return nil, nil, fmt.Errorf("enginesim: the publisher cannot connect to %s: a wildcard is for binding",
-				e.config.PubEndpoint)
+				pubEndpoint)
 		}
 	} else {
-		if pub, err = zmtp.Listen(ctx, e.config.PubEndpoint, e.options()); err != nil {
-			return nil, nil, fmt.Errorf("enginesim: binding the publisher to %s: %w", e.config.PubEndpoint, err)
+		if pub, err = zmtp.Listen(ctx, pubEndpoint, o); err != nil {
+			return nil, nil, fmt.Errorf("enginesim: binding the publisher to %s: %w", pubEndpoint, err)
 		}
 	}
 	if !e.config.NoReplay {
-		if replay, err = zmtp.Listen(ctx, e.config.ReplayEndpoint, e.options()); err != nil {
-			return pub, nil, fmt.Errorf("enginesim: binding replay to %s: %w", e.config.ReplayEndpoint, err)
+		if replay, err = zmtp.Listen(ctx, replayEndpoint, o); err != nil {
+			return pub, nil, fmt.Errorf("enginesim: binding replay to %s: %w", replayEndpoint, err)
 		}
 	}
 	return pub, replay, nil
@@ -89,14 +186,6 @@ func closeAll(listeners ...net.Listener) {
 		if l != nil {
 			l.Close()
 		}
-	}
-}
-
-func (e *Engine) options() *zmtp.Options {
-	return &zmtp.Options{
-		ListenFunc:        e.config.Listen,
-		Dial:              e.config.Dial,
-		HeartbeatInterval: -1, // libzmq sends no PINGs unless told to, which engines do not; it answers them
 	}
 }
 
@@ -116,7 +205,7 @@ func resolve(endpoint string, addr net.Addr) string {
 }
 
 // Endpoints returns where the engine publishes and where it answers replay requests, with the ports that were bound
-// where port 0 was asked for. Both are empty before Start, and replay without a replay endpoint.
+// where port 0 was asked for; restarts keep them. Both are empty before Start, and replay without a replay endpoint.
 func (e *Engine) Endpoints() (pub, replay string) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -124,103 +213,58 @@ func (e *Engine) Endpoints() (pub, replay string) {
 }
 
 // WaitSubscribers returns once n subscribers want the engine's topic. What is published before is lost to them, unless
-// they ask for a replay.
+// they ask for a replay. While the engine is down it waits for the next process. A half-open connection counts until
+// its peer hangs up.
 func (e *Engine) WaitSubscribers(ctx context.Context, n int) error {
-	e.mu.Lock()
-	pub := e.pub
-	e.mu.Unlock()
-	if pub == nil {
-		return ErrNotStarted
+	for {
+		e.mu.Lock()
+		p, started, closed, changed := e.process, e.started, e.closed, e.changed
+		e.mu.Unlock()
+		switch {
+		case !started:
+			return ErrNotStarted
+		case closed:
+			return ErrClosed
+		case p != nil:
+			if err := p.pub.WaitSubscribers(ctx, n); !errors.Is(err, zmtp.ErrClosed) {
+				return err
+			}
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-e.ctx.Done():
+		}
 	}
-	return pub.WaitSubscribers(ctx, n)
 }
 
 // Close ends all connections and requests, and waits for its goroutines. It is safe to call twice. What was published a
 // moment ago may not have reached the subscribers, as with an engine that is killed.
 func (e *Engine) Close() error {
 	e.mu.Lock()
-	if e.closed {
-		e.mu.Unlock()
-		e.tasks.Wait()
-		return nil
-	}
+	first := !e.closed
 	e.closed = true
-	close(e.done)
-	e.schedule.abort(ErrClosed)
-	pub, router, cancel := e.pub, e.router, e.cancel
+	p := e.process
+	if first {
+		e.cancel()
+		e.schedule.abort(ErrClosed)
+	}
 	e.mu.Unlock()
 
-	if cancel == nil {
-		return nil
-	}
-	cancel()
-	pub.Close()
-	if router != nil {
-		router.Close()
+	if p != nil {
+		p.end()
 	}
 	e.tasks.Wait()
-	e.log.Info("engine closed")
+	if p != nil && first {
+		e.log.Info("engine closed")
+	}
 	return nil
 }
 
-// answer serves replay requests, one after the other.
-func (e *Engine) answer(ctx context.Context) {
-	for {
-		id, frames, err := e.router.Recv(ctx)
-		if err != nil {
-			e.ended("replay", err)
-			return
-		}
-		// vLLM answers requests of three frames, the identity included, and ignores all others.
-		if len(frames) != 2 || len(frames[0]) != 0 || len(frames[1]) != 8 {
-			continue
-		}
-		e.replay(id, binary.BigEndian.Uint64(frames[1]))
-	}
-}
-
-// endMarker is the number -1, which ends a replay.
-var endMarker = []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
-
-// replay sends what is held from start on, and the end marker. Nothing published meanwhile is part of it: in vLLM one
-// thread does both.
-func (e *Engine) replay(id string, start uint64) {
-	e.mu.Lock()
-	messages := e.history.from(start)
-	e.mu.Unlock()
-
-	frames := [][]byte{nil, []byte(e.config.Topic), nil, nil}
-	if e.framing == FramingNoTopic {
-		frames = [][]byte{nil, nil, nil}
-	}
-	number, payload := &frames[len(frames)-2], &frames[len(frames)-1]
-	dropped := uint64(0)
-	for _, m := range messages {
-		*number, *payload = binary.BigEndian.AppendUint64(nil, m.seq), m.payload
-		if !e.router.Send(id, frames...) {
-			dropped++
-		}
-	}
-	*number, *payload = endMarker, nil
-	if e.framing == FramingTopic {
-		frames[1] = nil
-	}
-	if !e.router.Send(id, frames...) {
-		dropped++
-	}
-	e.mu.Lock()
-	e.replays++
-	e.dropped += dropped
-	e.mu.Unlock()
-}
-
-// ended logs why a part of a running engine stopped.
-func (e *Engine) ended(part string, err error) {
-	select {
-	case <-e.done:
-	default:
-		if err != nil {
-			e.log.Error("engine part ended", "part", part, "error", err)
-		}
+// ended logs why a part of a running process stopped.
+func (e *Engine) ended(p *process, part string, err error) {
+	if err != nil && p.ctx.Err() == nil {
+		e.log.Error("engine part ended", "part", part, "error", err)
 	}
 }

@@ -30,6 +30,10 @@ type simFlags struct {
 	rate     float64
 	duration time.Duration
 
+	faults     []string
+	faultsSeed uint64
+	faultsRate float64
+
 	play  string
 	speed float64
 	wait  bool
@@ -53,10 +57,17 @@ cache, whose events are published and replayed as vLLM does it.
 With --play, the messages of a recording are published instead, byte for byte and under their own numbers: at once, at
 --rate per second, or at --speed times their own pace by the engine's clock. Where the numbers go back the simulated
 engine restarts. Then it stays up, so that the messages can be replayed, until interrupted or, with --exit, until
-subscribers have had a second to take the last ones.`,
+subscribers have had a second to take the last ones.
+
+With --fault or --faults-rate the engine, its host and its network misbehave, at given steps of the scheduler or at
+random. A fault is KIND[:N][:DURATION]@STEP, steps count from 0, and the kinds are:
+
+` + faultHelp(),
 		Example: `  kvtap sim
   kvtap sim --pub 'tcp://*:5557' --replay 'tcp://*:5558' --form vllm-0.24 --rate 100
-  kvtap sim --play run.jsonl.gz --speed 1 --wait-subscriber`,
+  kvtap sim --play run.jsonl.gz --speed 1 --wait-subscriber
+  kvtap sim --fault drop_live:3@100 --fault kill:2s@200
+  kvtap sim --faults-rate 0.02 --faults-seed 7`,
 		Args:              exactly(),
 		ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -98,10 +109,15 @@ subscribers have had a second to take the last ones.`,
 	flags.Float64Var(&f.rate, "rate", 0,
 		"`N` scheduler steps, or messages of --play, per second (default 10, or at once)")
 	flags.DurationVar(&f.duration, "duration", 0, "end after this `time`")
+	flags.StringArrayVar(&f.faults, "fault", nil, "misbehave once: a `FAULT` as above; can be given repeatedly")
+	flags.Float64Var(&f.faultsRate, "faults-rate", 0,
+		"misbehave at random, with this `probability` at each step, for a day")
+	flags.Uint64Var(&f.faultsSeed, "faults-seed", 1, "`seed` of --faults-rate")
 	flags.StringVar(&f.play, "play", "", "publish the messages of this recording (`FILE` or -)")
 	flags.Float64Var(&f.speed, "speed", 0, "with --play: `N` times the pace of the engine that was recorded")
 	flags.BoolVar(&f.wait, "wait-subscriber", false, "begin when somebody has subscribed")
 	flags.BoolVar(&f.exit, "exit", false, "with --play: end when all is published")
+	complete(cmd, "fault", faultStarts()...)
 	complete(cmd, "form", formNames()...)
 	complete(cmd, "framing", "auto", "topic", "no-topic")
 	return cmd
@@ -191,12 +207,120 @@ func (f *simFlags) check(cmd *cobra.Command) (err error) {
 	}
 	f.config.Framing = framing
 	f.config.RequestsPerSecond = f.rate
+	if err := f.checkFaults(changed); err != nil {
+		return err
+	}
 	f.config.Quiet = f.play != ""
 	// A zero would be taken for the default.
 	if f.config.BufferSteps == 0 {
 		f.config.BufferSteps = -1
 	}
 	return nil
+}
+
+// faultWords says what each kind of fault does, in a few words.
+var faultWords = map[enginesim.FaultKind]string{
+	enginesim.FaultKill:           "the process dies; with a DURATION it starts again, as by restart",
+	enginesim.FaultRestart:        "a new process; N batches are published before its sockets open",
+	enginesim.FaultStop:           "the process stands still for DURATION (1s)",
+	enginesim.FaultHalfOpen:       "present connections go dead without a word",
+	enginesim.FaultPartition:      "connections break and are refused for DURATION (1s)",
+	enginesim.FaultDropLive:       "the next N batches do not reach subscribers",
+	enginesim.FaultDropReplay:     "the next replay loses N batches in its middle",
+	enginesim.FaultCutReplay:      "the next replay loses its last N batches and its end",
+	enginesim.FaultLoseEnd:        "the next N replays lose their end marker",
+	enginesim.FaultBurn:           "N numbers are skipped",
+	enginesim.FaultRoll:           "the replay buffer keeps its newest N batches only",
+	enginesim.FaultSlowReplay:     "the next replay pauses for DURATION (100ms) between batches",
+	enginesim.FaultEndlessReplay:  "the next replay repeats itself for ever, a batch each DURATION (10ms)",
+	enginesim.FaultMuteReplay:     "the next N replays are not answered",
+	enginesim.FaultNonsenseReplay: "the next N replays are answered with nonsense",
+	enginesim.FaultTwoFrames:      "the next N batches are sent without a topic frame",
+	enginesim.FaultWrongLength:    "N extra messages have a number of the wrong length",
+	enginesim.FaultUnknownEvent:   "the next N batches carry an event of an unknown type",
+	enginesim.FaultUnreadable:     "N batches are not msgpack",
+	enginesim.FaultClear:          "the cache is dropped",
+}
+
+func faultHelp() string {
+	var b strings.Builder
+	for _, k := range enginesim.FaultKinds() {
+		fmt.Fprintf(&b, "  %-16s %s\n", k, faultWords[k])
+	}
+	b.WriteString("\nN is 1 where it is left out, but none for restart and kill.")
+	return b.String()
+}
+
+func faultStarts() []string {
+	var list []string
+	for _, k := range enginesim.FaultKinds() {
+		list = append(list, k.String()+"@\t"+faultWords[k])
+	}
+	return list
+}
+
+// checkFaults makes a script of the faults that were asked for.
+func (f *simFlags) checkFaults(changed func(flag string) bool) error {
+	random := changed("faults-rate")
+	switch {
+	case f.play != "" && (len(f.faults) > 0 || random):
+		return usagef("--fault and --faults-rate are for an engine of its own, not for --play")
+	case changed("faults-seed") && !random:
+		return usagef("--faults-seed needs --faults-rate")
+	case random && !(f.faultsRate >= 0 && f.faultsRate <= 1):
+		return usagef("--faults-rate must be between 0 and 1, not %v", f.faultsRate)
+	}
+	var script enginesim.Script
+	for _, text := range f.faults {
+		fault, err := parseFault(text)
+		if err != nil {
+			return usagef("--fault %s: %v", text, err)
+		}
+		script = append(script, fault)
+	}
+	if random {
+		rate := f.rate
+		if rate == 0 {
+			rate = 10 // the engine's own
+		}
+		// A bound for the sake of memory: at a million steps a second a day is long.
+		steps := int(min(rate*(24*time.Hour).Seconds(), 10e6))
+		script = append(script, enginesim.RandomScript(f.faultsSeed, steps, f.faultsRate)...)
+	}
+	f.config.Faults = script
+	return nil
+}
+
+// parseFault reads KIND[:N][:DURATION]@STEP.
+func parseFault(text string) (f enginesim.ScriptedFault, err error) {
+	what, step, found := strings.Cut(text, "@")
+	if !found {
+		return f, errors.New("no step; want KIND[:N][:DURATION]@STEP")
+	}
+	n, err := strconv.ParseUint(step, 10, 31)
+	if err != nil {
+		return f, fmt.Errorf("%q is not the number of a step", step)
+	}
+	f.Step = int(n)
+	kind, doses, _ := strings.Cut(what, ":")
+	if f.Fault.Kind, err = enginesim.ParseFaultKind(kind); err != nil {
+		return f, fmt.Errorf("unknown kind %q; kvtap sim --help lists them", kind)
+	}
+	if doses == "" {
+		return f, nil
+	}
+	first, second, both := strings.Cut(doses, ":")
+	if n, err := strconv.ParseUint(first, 10, 20); err == nil {
+		f.Fault.N = int(n)
+		if !both {
+			return f, nil
+		}
+		first, both = second, false
+	}
+	if f.Fault.For, err = time.ParseDuration(first); err != nil || f.Fault.For < 0 || both {
+		return f, fmt.Errorf("%q is neither N nor DURATION nor N:DURATION, such as 3:2s", doses)
+	}
+	return f, nil
 }
 
 func (a *app) sim(ctx context.Context, f *simFlags) error {

@@ -9,6 +9,7 @@ package leak
 
 import (
 	"bytes"
+	"flag"
 	"fmt"
 	"io"
 	"os"
@@ -25,7 +26,7 @@ func Main(m *testing.M) { os.Exit(run(m, os.Stderr)) }
 
 func run(m interface{ Run() int }, complaints io.Writer) (code int) {
 	before := runtime.NumGoroutine()
-	if code := m.Run(); code != 0 {
+	if code := m.Run(); code != 0 || fuzzes() {
 		return code
 	}
 	if err := Check(before); err != nil {
@@ -33,6 +34,16 @@ func run(m interface{ Run() int }, complaints io.Writer) (code int) {
 		return 1
 	}
 	return 0
+}
+
+// fuzzes reports whether a fuzzer runs, which has goroutines of its own.
+func fuzzes() bool {
+	for _, name := range []string{"test.fuzz", "test.fuzzworker"} {
+		if f := flag.Lookup(name); f != nil && f.Value.String() != "" && f.Value.String() != "false" {
+			return true
+		}
+	}
+	return false
 }
 
 // patience is how long goroutines that are on their way out may take.

@@ -5,8 +5,10 @@ package zmtp
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"io"
 	"net"
 	"os"
@@ -45,6 +47,8 @@ type Conn struct {
 	start    int // where the message being read began, 0 once it has moved to the front
 	frames   [][]byte
 	calm     int // messages in a row that did not need a grown buffer
+	omitted  uint64
+	digest   maphash.Hash // of what was omitted, if anything was
 
 	// What the keeper sees of the reader, in nanoseconds since born; readSince is 0 unless a Recv waits for bytes.
 	lastReceived atomic.Int64
@@ -100,6 +104,8 @@ func (c *Conn) failed(err error) error {
 // way: PING is answered, subscriptions of a PUB's peer are noted (the Recv of a PUB returns nothing but its error, in
 // the end).
 //
+// With SkipTooLarge a frame may be empty because it did not fit: see Omitted.
+//
 // An error is final. It matches io.EOF if the peer closed between messages, io.ErrUnexpectedEOF if within one,
 // ErrClosed, ErrSilent, ErrTooLarge, or is a *ProtocolError, or the network's own.
 func (c *Conn) Recv() ([][]byte, error) {
@@ -111,7 +117,7 @@ func (c *Conn) Recv() ([][]byte, error) {
 	if len(c.buf) > c.o.ReadBuffer {
 		c.shrink()
 	}
-	c.frames, c.start = c.frames[:0], c.pos
+	c.frames, c.start, c.omitted = c.frames[:0], c.pos, 0
 	var size uint64 // of the frames so far
 	for {
 		flags, h, n, ok := parseHeader(c.buf[c.pos:c.end])
@@ -122,7 +128,17 @@ func (c *Conn) Recv() ([][]byte, error) {
 			continue
 		}
 		if err := c.checkHeader(flags, n, size, c.framing != nil); err != nil {
-			return nil, c.failed(err)
+			if !errors.Is(err, errSkip) {
+				return nil, c.failed(err)
+			}
+			c.pos += h
+			if err := c.skip(n); err != nil {
+				return nil, c.lost(err)
+			}
+			if flags&flagMore != 0 {
+				continue
+			}
+			return c.frames, nil
 		}
 		whole := h + int(n)
 		if c.end-c.pos < whole {
@@ -167,15 +183,27 @@ func (c *Conn) Recv() ([][]byte, error) {
 // sealing is the most that a framing may add to a frame, in bytes.
 const sealing = 64
 
+// envelope is what the frames before the last may take beside it, in bytes, where large frames are skipped: whether a
+// payload fits is to depend on it alone, and not on what a topic or an empty frame before it takes.
+const envelope = 4096
+
+// errSkip is checkHeader's word for a frame that is too large, but does not cost the connection.
+var errSkip = errors.New("skip")
+
 // checkHeader refuses a frame before its body is read. size counts the message's frames so far. A sealed frame travels
-// as a command, may be as long as a message, and is checked again when it is open.
+// as a command, may be as long as a message, and is checked again when it is open. It is never skipped, since its seal
+// is over the whole of it.
 func (c *Conn) checkHeader(flags byte, n, size uint64, sealed bool) error {
 	if flags&^flagLong&^flagMore == 0 {
-		if n > c.limit-size {
-			return fmt.Errorf("%w: a message of at least %d bytes, at most %d", ErrTooLarge, satAdd(size, n), c.limit)
-		}
 		if len(c.frames) >= c.o.MaxFrames {
 			return fmt.Errorf("%w: a message of more than %d frames", ErrTooLarge, c.o.MaxFrames)
+		}
+		skips := c.o.SkipTooLarge && c.framing == nil
+		if skips && n > min(c.limit, c.limit+envelope-size) {
+			return errSkip
+		}
+		if !skips && n > c.limit-size {
+			return fmt.Errorf("%w: a message of at least %d bytes, at most %d", ErrTooLarge, satAdd(size, n), c.limit)
 		}
 		return nil
 	}
@@ -197,6 +225,49 @@ func satAdd(a, b uint64) uint64 {
 		return ^uint64(0)
 	}
 	return a + b
+}
+
+// digestSeed makes the digests of one process comparable, and no peer can make two bodies that share one.
+var digestSeed = maphash.MakeSeed()
+
+// skip drops the n bytes from pos on as they arrive and leaves an empty frame in their place. What is dropped is free
+// room for the next read, so that no length makes the buffer grow.
+func (c *Conn) skip(n uint64) error {
+	if c.omitted == 0 {
+		c.digest.SetSeed(digestSeed)
+	}
+	c.omitted = satAdd(c.omitted, n)
+	// The length counts too, so that bytes do not pass from one frame to the next. The place does not: a batch has other
+	// frames before its payload when it is replayed.
+	var length [8]byte
+	binary.LittleEndian.PutUint64(length[:], n)
+	_, _ = c.digest.Write(length[:])
+	c.frames = append(c.frames, c.buf[c.pos:c.pos:c.pos]) // before any read: an end of the stream is now within a message
+	for {
+		k := int(min(n, uint64(c.end-c.pos)))
+		_, _ = c.digest.Write(c.buf[c.pos : c.pos+k])
+		n -= uint64(k)
+		if n == 0 {
+			c.pos += k
+			return nil
+		}
+		c.pos = c.end
+		if err := c.fill(0); err != nil {
+			return err
+		}
+	}
+}
+
+// Omitted says of the message that Recv returned last how many bytes of it did not fit into MaxMessage and were left
+// out (SkipTooLarge), and gives a digest of the frames that they were. 0 bytes: the message is whole, and the digest 0.
+// Where bytes and digest are equal, the same was left out, on whatever connection and behind whatever other frames; a
+// digest means nothing to another process. After an error of Recv it says nothing. It belongs to the goroutine that
+// calls Recv.
+func (c *Conn) Omitted() (bytes uint64, digest uint64) {
+	if c.omitted == 0 {
+		return 0, 0
+	}
+	return c.omitted, c.digest.Sum64()
 }
 
 // fill waits for more bytes, having made room for a frame that takes need bytes from pos on.

@@ -89,6 +89,9 @@ func newConn(ctx context.Context, nc net.Conn, t SocketType, opts *Options) (*Co
 		c.subs = new(subscriptions)
 		c.limit = min(c.limit, maxCommand)
 	}
+	if t == PUB || t == ROUTER {
+		c.o.SkipTooLarge = false // no subscription and no request is that long
+	}
 	if deadline, ok := ctx.Deadline(); ok {
 		nc.SetDeadline(deadline)
 	}

@@ -16,6 +16,7 @@ func TestAStoppedProcessDoesNotBlameItsPeer(t *testing.T) {
 	h := heartbeat{interval: 5 * s, timeout: 4 * s, nextPing: 5 * s}
 	step := func(now, last, since int64, wantPing, wantSilent bool, wantNext int64) {
 		t.Helper()
+		h.woke(now)
 		ping, silent, next := h.step(now, last, since, 0)
 		if ping {
 			next = h.pinged(now, now)

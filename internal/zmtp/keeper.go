@@ -18,21 +18,26 @@ type heartbeat struct {
 	nextPing int64
 	awaiting int64 // when the oldest PING was written that no byte has followed yet
 	asked    int64 // when its writing began: an answer may be read before we know that it is written
-	due      int64 // when the last step asked to be called again
+	due      int64 // when the keeper meant to wake, no earlier than the end of its last write
 	resumed  int64 // when this process was last found to have stood still
 }
 
-// lateness is how late a step must come for us to believe that this process stood still (a stopped container, a
+// lateness is how late the keeper must wake for us to believe that this process stood still (a stopped container, a
 // suspended machine). A peer's answers may then lie unread, so that every count begins again.
 const lateness = int64(time.Second)
+
+// woke is the first to be called when the keeper wakes: a write that a peer makes slow must not pass for lateness, or a
+// silent one could have its time begin anew for ever.
+func (h *heartbeat) woke(now int64) {
+	if h.due != 0 && now-h.due > lateness {
+		h.resumed = now
+	}
+}
 
 // step looks at the reader (last: when bytes last arrived; since: since when a Recv waits for bytes, 0 if none does;
 // ttl: what the peer's PING allowed us) and says whether to PING now, whether the peer is silent, and when to look
 // again.
 func (h *heartbeat) step(now, last, since, ttl int64) (ping, silent bool, next int64) {
-	if h.due != 0 && now-h.due > lateness {
-		h.resumed = now
-	}
 	next = now + int64(time.Hour)
 	if h.awaiting != 0 && last >= h.asked {
 		h.awaiting = 0
@@ -74,7 +79,7 @@ func (h *heartbeat) pinged(began, now int64) int64 {
 	if h.awaiting == 0 {
 		h.awaiting, h.asked = now, began
 	}
-	h.due = min(h.due, now+h.timeout)
+	h.due = max(min(h.due, now+h.timeout), now)
 	return h.due
 }
 
@@ -127,14 +132,17 @@ func (c *Conn) ping(data []byte) error {
 }
 
 // timeToLive is the TTL that our PINGs carry, in tenths of a second: the peer may drop us if it hears nothing for that
-// long. Publishers and routers set none, since their PINGs queue behind messages that a slow peer has yet to read, and
-// such a peer is to lose messages, not its connection.
+// long. It leaves room for three PINGs, and is none where it could not outlast one interval, since the peer would drop
+// us between two. Publishers and routers set none, since their PINGs queue behind messages that a slow peer has yet to
+// read, and such a peer is to lose messages, not its connection.
 func (c *Conn) timeToLive() uint16 {
-	if c.local == PUB || c.local == ROUTER {
+	const tenth, most = 100 * time.Millisecond, 0xffff
+	interval, timeout := c.o.HeartbeatInterval, c.o.HeartbeatTimeout
+	if c.local == PUB || c.local == ROUTER || interval < 0 || interval+timeout > most*tenth {
 		return 0
 	}
-	ttl := (2*c.o.HeartbeatInterval + c.o.HeartbeatTimeout) / (100 * time.Millisecond)
-	return uint16(min(max(ttl, 1), 0xffff))
+	ttl := max(3*interval, interval+timeout)
+	return uint16(min((ttl+tenth-1)/tenth, most))
 }
 
 // keep is the keeper: it runs from the end of the handshake to the end of the connection.
@@ -155,6 +163,7 @@ func (c *Conn) keep() {
 		case <-c.wake:
 		case <-timer.C:
 		}
+		h.woke(c.now())
 		if c.answerPings() != nil {
 			h.mute(c.now())
 		}

@@ -17,8 +17,8 @@ import (
 	"github.com/kvtap/kvtap/internal/zmtp"
 )
 
-// With the defaults (5s, 4s) a PING's TTL is 14s: 140 tenths.
-var defaultPing = command("PING", "\x00\x8c")
+// With the defaults (5s, 4s) a PING's TTL is three intervals: 150 tenths.
+var defaultPing = command("PING", "\x00\x96")
 
 func TestASilentPeerIsFound(t *testing.T) {
 	t.Parallel()
@@ -220,6 +220,41 @@ func TestPublishersAndRoutersPingWithoutATTL(t *testing.T) {
 	}
 }
 
+func TestAPingsTTLLeavesRoomForThree(t *testing.T) {
+	t.Parallel()
+	const s = time.Second
+	for _, test := range []struct {
+		name              string
+		local             zmtp.SocketType
+		interval, timeout time.Duration
+		want              string
+	}{
+		{"the defaults", zmtp.SUB, 0, 0, "\x00\x96"}, // 15s
+		{"a dealer's", zmtp.DEALER, 5 * s, 4 * s, "\x00\x96"},
+		{"a long time to answer", zmtp.SUB, 2 * s, 20 * s, "\x00\xdc"},
+		{"parts of a tenth round up", zmtp.SUB, 1001 * time.Millisecond, s, "\x00\x1f"},
+		{"as short as it gets", zmtp.SUB, 1, 1, "\x00\x01"},
+		{"three intervals that just fit", zmtp.SUB, 2184500 * time.Millisecond, s, "\xff\xff"},
+		{"three intervals that do not", zmtp.SUB, 6000 * s, 100 * s, "\xff\xff"},
+		{"one that just fits", zmtp.SUB, 6553 * s, s / 2, "\xff\xff"},
+		{"one that does not: the peer would drop us in between", zmtp.SUB, 6553 * s, s, "\x00\x00"},
+		{"the longest interval", zmtp.SUB, 1<<63 - 1, 1<<63 - 1, "\x00\x00"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				o := &zmtp.Options{HeartbeatInterval: test.interval, HeartbeatTimeout: test.timeout, WriteTimeout: -1}
+				c, peer := meet(t, test.local, o, hello(1, accepted[test.local]))
+				peer.expect(command("PING", test.want))
+				c.Close()
+			})
+		})
+	}
+}
+
+// accepted is a peer for each of our sockets.
+var accepted = map[zmtp.SocketType]string{zmtp.SUB: "PUB", zmtp.DEALER: "ROUTER"}
+
 func TestAPeersTTLIsHonoured(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -338,6 +373,49 @@ func TestAPeerThatNeverReadsLosesItsConnection(t *testing.T) {
 	}
 }
 
+// reluctant is a connection whose peer takes each write only after a while.
+type reluctant struct {
+	net.Conn
+	after time.Duration
+}
+
+func (r reluctant) Write(b []byte) (int, error) {
+	time.Sleep(r.after)
+	return r.Conn.Write(b)
+}
+
+// A peer that takes each PING just before the write would fail, and says nothing, holds up the keeper. That must not
+// look like a process of ours that stood still, whose peer is given its time anew.
+func TestAPeerThatOnlyReadsIsSilent(t *testing.T) {
+	t.Parallel()
+	for _, interval := range []time.Duration{time.Second, 2 * time.Second, 5 * time.Second} {
+		for _, after := range []time.Duration{0, 2 * time.Second, 3990 * time.Millisecond} {
+			t.Run(fmt.Sprintf("a PING each %v, taken after %v", interval, after), func(t *testing.T) {
+				t.Parallel()
+				synctest.Test(t, func(t *testing.T) {
+					ours, theirs := net.Pipe()
+					peer := scripted{theirs, t}
+					go peer.drain()
+					go peer.say(hello(1, "PUB"))
+					o := &zmtp.Options{HeartbeatInterval: interval}
+					c, err := zmtp.NewConn(t.Context(), reluctant{ours, after}, zmtp.SUB, o)
+					if err != nil {
+						t.Fatal(err)
+					}
+					began := time.Now()
+					time.AfterFunc(time.Minute, func() { c.Close() })
+					// The first PING, 4s to answer it once it is taken, and then the keeper may just be writing another.
+					limit := interval + after + 4*time.Second + after
+					if _, err := c.Recv(); !errors.Is(err, zmtp.ErrSilent) || time.Since(began) > limit {
+						t.Errorf("%v after %v, want ErrSilent within %v", err, time.Since(began), limit)
+					}
+					c.Close()
+				})
+			})
+		}
+	}
+}
+
 func TestASendThatIsNotReadEndsTheConnection(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -345,7 +423,7 @@ func TestASendThatIsNotReadEndsTheConnection(t *testing.T) {
 		defer peer.Close()
 		began := time.Now()
 		err := c.Send([]byte("nobody reads this"))
-		if !errors.Is(err, os.ErrDeadlineExceeded) || time.Since(began) != 10*time.Second {
+		if !errors.Is(err, os.ErrDeadlineExceeded) || time.Since(began) != 4*time.Second {
 			t.Errorf("%v after %v", err, time.Since(began))
 		}
 		if _, again := c.Recv(); again != err {

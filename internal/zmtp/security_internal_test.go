@@ -99,6 +99,37 @@ func TestAMechanismCarriesFramesThrough(t *testing.T) {
 	})
 }
 
+// A sealed frame is one whole; what is too large of it cannot be left out.
+func TestASealedFrameIsNotSkipped(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		o := &Options{MaxMessage: 1000, SkipTooLarge: true, security: func() mechanism { return rot{key: 0x55} }}
+		for _, size := range []int{1001, 500_000} { // within what a command may have, and not
+			ours, theirs := net.Pipe()
+			peers := make(chan *Conn, 1)
+			go func() {
+				peer, err := NewConn(t.Context(), theirs, DEALER, o)
+				if err != nil {
+					t.Error(err)
+				}
+				peers <- peer
+			}()
+			dealer, err := NewConn(t.Context(), ours, DEALER, o)
+			if err != nil {
+				t.Fatal(err)
+			}
+			peer := <-peers
+			go peer.Recv()
+			go peer.Send(make([]byte, size))
+			if frames, err := dealer.Recv(); !errors.Is(err, ErrTooLarge) {
+				t.Errorf("%d frames, %v", len(frames), err)
+			}
+			dealer.Close()
+			peer.Close()
+		}
+	})
+}
+
 func TestAFramingsErrorEndsTheConnection(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

@@ -64,9 +64,16 @@ const (
 type Options struct {
 	// Identity is sent to the peer in READY; a ROUTER addresses us by it. At most 255 bytes. Empty: the peer makes one up.
 	Identity []byte
-	// MaxMessage limits one message, all its frames together, in bytes. A longer one ends the connection with ErrTooLarge.
-	// Memory grows only as bytes arrive, whatever length a frame claims. Zero or less means 64 MiB.
+	// MaxMessage limits one message, all its frames together, in bytes. A longer one ends the connection with ErrTooLarge,
+	// unless SkipTooLarge is set. Memory grows only as bytes arrive, whatever length a frame claims. Zero or less means
+	// 64 MiB.
 	MaxMessage int
+	// SkipTooLarge keeps the connection of a SUB or DEALER when a message does not fit: a frame of more than MaxMessage, or
+	// one that would make the message exceed that by more than 4 KiB, is read and dropped as it arrives, whatever length
+	// it claims, and Recv returns an empty frame in its place; see Conn.Omitted. Commands, and MaxFrames, still end the
+	// connection, and so does a message that is too large under a mechanism that seals frames: none can be judged before
+	// it is held whole.
+	SkipTooLarge bool
 	// MaxFrames limits the frames of one message. Zero or less means 64.
 	MaxFrames int
 	// ReadBuffer is the size in bytes of the buffer that messages are read into and handed out from; it grows for a
@@ -75,10 +82,12 @@ type Options struct {
 	// HandshakeTimeout is how long the TCP connect, the greeting and READY may take together. Zero or less means 10s.
 	HandshakeTimeout time.Duration
 	// WriteTimeout is how long one write (a message, a PING, a PONG) may take before the connection fails. Publisher and
-	// Router do not use it: there a peer that reads slowly loses messages, not its connection. Zero means 10s, negative
-	// means no limit.
+	// Router do not use it: there a peer that reads slowly loses messages, not its connection. Zero means as long as
+	// HeartbeatTimeout, so that a stopped peer is found as soon when its socket is full as when it is not; negative means
+	// no limit.
 	WriteTimeout time.Duration
-	// HeartbeatInterval is how often a PING goes to a peer that speaks ZMTP 3.1. Zero means 5s, negative means never.
+	// HeartbeatInterval is how often a PING goes to a peer that speaks ZMTP 3.1. Zero means 5s, negative means never. With
+	// the defaults a peer that stops is found within 9s of its last byte, while a Recv waits.
 	HeartbeatInterval time.Duration
 	// HeartbeatTimeout is how long after a PING a Recv may wait without a single byte from the peer before the connection
 	// fails with ErrSilent. Zero or less means 4s.
@@ -114,14 +123,17 @@ func (o *Options) withDefaults() Options {
 	if d.HandshakeTimeout <= 0 {
 		d.HandshakeTimeout = 10 * time.Second
 	}
-	if d.WriteTimeout == 0 {
-		d.WriteTimeout = 10 * time.Second
-	}
 	if d.HeartbeatInterval == 0 {
 		d.HeartbeatInterval = 5 * time.Second
 	}
 	if d.HeartbeatTimeout <= 0 {
 		d.HeartbeatTimeout = 4 * time.Second
+	}
+	const forever = 365 * 24 * time.Hour // room for sums
+	d.HeartbeatInterval = min(d.HeartbeatInterval, forever)
+	d.HeartbeatTimeout = min(d.HeartbeatTimeout, forever)
+	if d.WriteTimeout == 0 {
+		d.WriteTimeout = d.HeartbeatTimeout
 	}
 	if d.Dial == nil {
 		d.Dial = (&net.Dialer{KeepAliveConfig: keepAlive}).DialContext

@@ -50,23 +50,37 @@ type ZMQClient struct {
 	inHandler atomic.Pointer[string] // the call that began last
 
 	// mu is held for each message, handler calls included.
-	mu    sync.Mutex
+	mu    lock
 	seq   sequencer
 	hold  holdQueue
 	batch event.Batch
 	// lastCall is what inHandler points to, and lastObserved what observed holds.
 	lastCall     string
 	lastObserved time.Time
-	// lastPayload is that of the last delivered message.
+	// lastPayload is that of the last delivered message, lastOmitted what was left out of it.
 	lastPayload []byte
+	lastOmitted omission
 	told        Status // the last status that tellStatus told, State, Bound and Reason only; at first none
 	overlap     overlap
 	warned      map[string]bool // what was warned of on this connection
 	metrics     *ZMQClientMetrics
 	// replays runs while a replay is wanted; replayAsked changes with every replay that is asked for, so that the one
-	// that runs knows when it is no longer the one wanted.
+	// that runs knows when it is no longer the one wanted. askedDigest is of the batch that its answer has to begin with.
 	replays     bool
 	replayAsked uint64
+	askedDigest uint64
+	limiter     ReplayLimiter
+	// conn is the present connection, nil if there is none. nudge wakes the goroutine that asks questions on it; paused
+	// says that a handler kept the socket from being read.
+	conn   *zmtp.Conn
+	nudge  chan struct{}
+	paused bool
+
+	stats counters
+
+	resetMu    sync.Mutex
+	resetAsked Reason // of a Reset that is under way
+	tasks      sync.WaitGroup
 
 	statusMu sync.Mutex
 	status   Status
@@ -75,7 +89,7 @@ type ZMQClient struct {
 // NewZMQClient returns a client that is not yet started. It keeps a copy of config. If the handler also implements
 // BatchHandler, ResyncHandler, StatusHandler or PayloadHandler, it gets those calls.
 func NewZMQClient(config *ZMQClientConfig, handler EventHandler) *ZMQClient {
-	c := &ZMQClient{handler: handler, done: make(chan struct{})}
+	c := &ZMQClient{handler: handler, done: make(chan struct{}), mu: newLock()}
 	if config != nil {
 		c.config = *config
 	}
@@ -89,7 +103,14 @@ func NewZMQClient(config *ZMQClientConfig, handler EventHandler) *ZMQClient {
 		c.log = slog.New(slog.DiscardHandler)
 	}
 	c.log = c.log.With("pod", c.config.PodKey, "model", c.config.ModelName, "rank", c.config.Rank)
-	c.hold.max = orDefault(c.config.MaxHold, DefaultMaxHold)
+	c.hold.max, c.hold.budget = c.config.maxHold(), c.config.HoldBudget
+	if c.hold.budget == nil {
+		c.hold.budget = sharedHoldBudget
+	}
+	if c.limiter = c.config.ReplayLimiter; c.limiter == nil {
+		c.limiter = sharedReplayLimiter
+	}
+	c.seq.keep = c.config.HistoryLost == PolicyKeep
 	c.status = Status{State: StateConnecting, Bound: BoundAtLeast, Reason: ReasonStart}
 	c.seq.bound, c.seq.reason = BoundAtLeast, ReasonStart
 	return c
@@ -131,12 +152,12 @@ func (c *ZMQClient) Start() error {
 	c.seq.replayable = c.replay != ""
 	c.seq.want = c.config.FromSequence
 
-	metrics, err := collectorsOf(c.config.Registerer)
+	metrics, err := collectorsOf(c.config.Registerer, c.config.MetricsNamespace)
 	if err != nil {
 		return err
 	}
 	key := metricsKey{pod: c.config.PodKey, rank: c.config.Rank}
-	if err := metrics.claim(key); err != nil {
+	if err := metrics.claim(key, c.config.NoEngineMetrics); err != nil {
 		return err
 	}
 	var listener net.Listener
@@ -146,7 +167,8 @@ func (c *ZMQClient) Start() error {
 			return fmt.Errorf("kvcache: cannot listen for the engine: %w", err)
 		}
 	}
-	c.metrics = metrics.metrics(key)
+	c.metrics = metrics.metrics(key, c.config.NoEngineMetrics)
+	c.hold.metrics = c.metrics
 
 	ctx, cancel := context.WithCancel(context.Background())
 	c.started, c.cancel = true, cancel
@@ -154,6 +176,7 @@ func (c *ZMQClient) Start() error {
 		defer close(c.done)
 		defer metrics.release(key)
 		defer c.metrics.Delete()
+		defer c.tasks.Wait()
 		c.mu.Lock()
 		c.tellStatus() // that it is connecting
 		c.mu.Unlock()
@@ -217,6 +240,7 @@ func (c *ZMQClient) Stop() error {
 				e.Call = *call
 			}
 			c.stopErr = e
+			c.metrics.Delete() // what still runs makes none anew
 		}
 		c.setStopped()
 	})
@@ -230,6 +254,46 @@ func (c *ZMQClient) setStopped() {
 	c.status.State = StateStopped
 }
 
+// Reset makes the client forget what it knows of the engine, as its handler is told by a Reset with the given reason,
+// and connect anew and fetch everything that the engine still has. It is for callers who know what the stream does not
+// say: that the engine's container was restarted, for instance. An empty reason means ReasonCaller; others become
+// values of a metric's label, so there should be few.
+//
+// Reset returns at once, also within a handler; the call of HandleReset follows when the handler is done. A second
+// Reset before that is the same one.
+func (c *ZMQClient) Reset(reason Reason) {
+	if reason == "" {
+		reason = ReasonCaller
+	}
+	c.life.Lock()
+	defer c.life.Unlock()
+	c.resetMu.Lock()
+	defer c.resetMu.Unlock()
+	if !c.started || c.stopped.Load() || c.resetAsked != "" {
+		return
+	}
+	c.resetAsked = reason
+	c.tasks.Go(c.carryOutReset)
+}
+
+func (c *ZMQClient) carryOutReset() {
+	c.mu.Lock()
+	c.resetMu.Lock()
+	reason := c.resetAsked
+	c.resetAsked = ""
+	c.resetMu.Unlock()
+	conn := c.conn
+	func() {
+		defer c.mu.Unlock()
+		c.replayAsked++ // what a replay still brings belongs to the past
+		c.obey(context.Background(), nil, c.seq.cut(reason), &message{})
+		c.tellStatus()
+	}()
+	if conn != nil {
+		_ = conn.Close()
+	}
+}
+
 // IsConnected reports whether the subscription is established.
 func (c *ZMQClient) IsConnected() bool { return c.connected.Load() }
 
@@ -237,8 +301,8 @@ func (c *ZMQClient) IsConnected() bool { return c.connected.Load() }
 // int64 wrap.
 func (c *ZMQClient) GetLastSequence() int64 { return c.lastSeq.Load() }
 
-// Status returns what the client is doing and what its history is worth.
-func (c *ZMQClient) Status() Status {
+// State returns what the client is doing and what its history is worth.
+func (c *ZMQClient) State() Status {
 	c.statusMu.Lock()
 	defer c.statusMu.Unlock()
 	s := c.status
@@ -250,9 +314,12 @@ func (c *ZMQClient) Status() Status {
 
 func (c *ZMQClient) options() *zmtp.Options {
 	return &zmtp.Options{
-		MaxMessage: orDefault(c.config.MaxMessage, DefaultMaxMessage),
-		Dial:       c.config.Dial,
-		ListenFunc: c.config.ListenFunc,
+		MaxMessage:        c.config.maxMessage(),
+		SkipTooLarge:      true,
+		HeartbeatInterval: c.config.PingInterval,
+		HeartbeatTimeout:  c.config.PingTimeout,
+		Dial:              c.config.Dial,
+		ListenFunc:        c.config.ListenFunc,
 	}
 }
 
@@ -264,7 +331,9 @@ func (c *ZMQClient) runDialling(ctx context.Context) {
 			c.metrics.IncrementReconnectAttempts()
 		}
 		conn, err := zmtp.Dial(ctx, c.pub, zmtp.SUB, c.options())
+		kind := errorOfAttempt(attempt)
 		if err == nil {
+			kind = errorConnection
 			connected := time.Now()
 			err = c.follow(ctx, conn)
 			if time.Since(connected) >= healthyAfter {
@@ -275,7 +344,7 @@ func (c *ZMQClient) runDialling(ctx context.Context) {
 			return
 		}
 		wait := pace.next(errors.Is(err, syscall.ECONNREFUSED))
-		c.fail(err, wait)
+		c.fail(err, kind, wait)
 		select {
 		case <-ctx.Done():
 			return
@@ -348,7 +417,7 @@ func (c *ZMQClient) runListening(ctx context.Context, l net.Listener) {
 		case replaced:
 			c.log.Info("engine_replaced", "host", hostOf(conn.RemoteAddr()))
 		default:
-			c.fail(err, 0)
+			c.fail(err, errorConnection, 0)
 		}
 	}
 	// Connections that have not yet shown that they speak ZMTP are few at a time, whoever knocks.
@@ -358,11 +427,14 @@ func (c *ZMQClient) runListening(ctx context.Context, l net.Listener) {
 		nc, err := l.Accept()
 		switch {
 		case ctx.Err() != nil:
+			if err == nil {
+				_ = nc.Close()
+			}
 			return
 		case err != nil:
 			// A process that is short of descriptors has more of them later.
 			wait := pace.next(true)
-			c.fail(fmt.Errorf("kvcache: cannot accept connections: %w", err), wait)
+			c.fail(fmt.Errorf("kvcache: cannot accept connections: %w", err), errorConnection, wait)
 			select {
 			case <-ctx.Done():
 			case <-time.After(wait):
@@ -406,16 +478,20 @@ func (c *ZMQClient) follow(ctx context.Context, conn *zmtp.Conn) error {
 	defer cancel()
 
 	c.connected.Store(true)
+	c.stats.connections.Add(1)
 	c.metrics.IncrementConnectionCount()
 	c.log.Info("connected", "endpoint", c.pub, "remote", addrString(conn.RemoteAddr()))
-	c.opened(ctx, &wg)
-	wg.Go(func() { c.verifyTail(ctx, &wg) })
+	nudge := make(chan struct{}, 1)
+	c.opened(ctx, &wg, conn, nudge)
+	wg.Go(func() { c.askQuestions(ctx, &wg, nudge) })
 	defer func() {
 		cancel() // first, so that no replay goes on behind a lost connection
 		c.connected.Store(false)
+		c.stats.disconnections.Add(1)
 		c.metrics.IncrementDisconnectionCount()
 		c.mu.Lock()
 		defer c.mu.Unlock()
+		c.conn, c.nudge = nil, nil
 		c.seq.disconnect()
 		c.hold.clear()
 		c.overlap.clear()
@@ -426,14 +502,15 @@ func (c *ZMQClient) follow(ctx context.Context, conn *zmtp.Conn) error {
 		if err != nil {
 			return fmt.Errorf("kvcache: lost the connection to %s: %w", c.pub, err)
 		}
-		c.received(ctx, &wg, frames, conn.LastReceived())
+		c.received(ctx, &wg, frames, conn)
 	}
 }
 
 // opened tells of a new connection that is subscribed.
-func (c *ZMQClient) opened(ctx context.Context, wg *sync.WaitGroup) {
+func (c *ZMQClient) opened(ctx context.Context, wg *sync.WaitGroup, conn *zmtp.Conn, nudge chan struct{}) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.conn, c.nudge, c.paused = conn, nudge, false
 	c.setError("")
 	clear(c.warned)
 	c.obey(ctx, wg, c.seq.connect(), &message{})
@@ -442,7 +519,7 @@ func (c *ZMQClient) opened(ctx context.Context, wg *sync.WaitGroup) {
 
 // received takes one live message. It unlocks by a defer, as whatever calls the handler does: a test's handler may end
 // its goroutine.
-func (c *ZMQClient) received(ctx context.Context, wg *sync.WaitGroup, frames [][]byte, at time.Time) {
+func (c *ZMQClient) received(ctx context.Context, wg *sync.WaitGroup, frames [][]byte, conn *zmtp.Conn) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	m, ok := parseMessage(frames)
@@ -451,7 +528,8 @@ func (c *ZMQClient) received(ctx context.Context, wg *sync.WaitGroup, frames [][
 		c.warn("message_ignored", "", "frames", len(frames), "want", "topic, 8-byte sequence number, payload")
 		return
 	}
-	m.at = at
+	m.at = conn.LastReceived()
+	m.omitted.bytes, m.omitted.digest = conn.Omitted()
 	d := c.seq.live(m.seq, c.proofOf(&m))
 	c.obey(ctx, wg, d, &m)
 	if d.verdict == deliver && d.missed == 0 && !c.seq.holding {
@@ -493,9 +571,10 @@ func addrString(a net.Addr) string {
 	return a.String()
 }
 
-// obey carries out a decision about message m; callers hold mu.
+// obey carries out a decision about message m; callers hold mu. A decision to replay belongs to a connection, of which
+// ctx and wg are.
 func (c *ZMQClient) obey(ctx context.Context, wg *sync.WaitGroup, d decision, m *message) {
-	c.metrics.countNumbers(d)
+	c.countNumbers(&d)
 	if d.missed > 0 {
 		c.log.Warn("batches_missing", "count", d.missed, "before", m.seq, "replay", d.replay)
 	}
@@ -506,7 +585,7 @@ func (c *ZMQClient) obey(ctx context.Context, wg *sync.WaitGroup, d decision, m 
 		c.metrics.IncrementErrorCount(errorConsumeEvents)
 	}
 	if d.foreign {
-		c.log.Warn("replay_of_another_engine", "endpoint", c.replay, "events", c.pub,
+		c.warn("replay_of_another_engine", "", "endpoint", c.replay, "events", c.pub,
 			"hint", "the replay endpoint answers with other batches than the connection brings; is the port another rank's?")
 	}
 	if d.dropHeld {
@@ -520,12 +599,15 @@ func (c *ZMQClient) obey(ctx context.Context, wg *sync.WaitGroup, d decision, m 
 	case deliver:
 		c.deliver(m)
 	case hold:
-		if !m.held {
-			c.hold.push(m.seq, m.at, m.topic, m.payload)
+		if !m.held && !c.hold.push(m) {
+			c.seq.overflowed()
 		}
 	}
 	if d.replay {
 		c.replayAsked++
+		if c.seq.ask.verify {
+			c.askedDigest = digestBytes(c.lastPayload, c.lastOmitted)
+		}
 		if !c.replays {
 			c.replays = true
 			wg.Go(func() { c.runReplays(ctx, wg) })
@@ -535,6 +617,7 @@ func (c *ZMQClient) obey(ctx context.Context, wg *sync.WaitGroup, d decision, m 
 
 // reset tells the handler to forget.
 func (c *ZMQClient) reset(reason Reason) {
+	c.stats.resets.Add(1)
 	c.metrics.countReset(reason)
 	switch reason {
 	case ReasonStart:
@@ -554,11 +637,19 @@ func (c *ZMQClient) reset(reason Reason) {
 
 // proofOf compares m with what was delivered under its number, as far as that is known.
 func (c *ZMQClient) proofOf(m *message) proof {
-	if m.seq == c.seq.last && c.seq.started {
-		if bytes.Equal(m.payload, c.lastPayload) {
+	is := func(equal bool) proof {
+		if equal {
 			return same
 		}
 		return other
+	}
+	switch {
+	case !c.seq.started:
+	case m.seq == c.seq.last:
+		return is(m.omitted == c.lastOmitted && bytes.Equal(m.payload, c.lastPayload))
+	case m.replayed && c.seq.ask.verify && m.seq == c.seq.ask.from:
+		// Live messages have come since it was asked for.
+		return is(digestOf(m) == c.askedDigest)
 	}
 	return c.overlap.proof(m)
 }
@@ -577,10 +668,15 @@ func (c *ZMQClient) deliver(m *message) {
 	}
 	// A copy costs less than a digest, and cannot take one batch for another.
 	c.lastPayload = append(c.lastPayload[:0], m.payload...)
+	c.lastOmitted = m.omitted
 	if m.replayed {
 		c.overlap.add(m)
 	}
 	c.seq.delivered(m.seq)
+	c.stats.batches.Add(1)
+	if m.replayed {
+		c.stats.replayed.Add(1)
+	}
 	c.lastSeq.Store(int64(m.seq))
 	c.metrics.UpdateLastSequenceID(int64(m.seq))
 }
@@ -594,10 +690,11 @@ func (c *ZMQClient) hand(m *message) {
 	if c.payloads != nil {
 		c.call("HandlePayload", func() error { return c.payloads.HandlePayload(info) })
 	}
-	if err := c.batch.Decode(m.payload); err != nil {
+	if err := c.decode(m); err != nil {
+		c.stats.unreadable.Add(1)
 		c.metrics.IncrementErrorCount(errorDecode)
 		c.warn("batch_unreadable", "", "sequence", m.seq, "error", err)
-		c.reset(c.seq.unreadable(true).reset)
+		c.doubt()
 		return
 	}
 	if len(c.batch.Skipped) > 0 {
@@ -607,21 +704,29 @@ func (c *ZMQClient) hand(m *message) {
 	if rank, ok := rankOf(&c.batch); ok {
 		info.Rank = rank
 	}
-	c.countReceived(m.replayed)
+	c.countReceived(m)
 	c.handle(&info)
 	if len(c.batch.Skipped) == 0 && endsCleared(&c.batch) {
 		c.seq.cleared()
 	}
 }
 
+// decode reads the payload into c.batch.
+func (c *ZMQClient) decode(m *message) error {
+	if m.omitted.bytes > 0 {
+		return fmt.Errorf("kvcache: a message of more than %d bytes (MaxMessage): %d were left out",
+			c.config.maxMessage(), m.omitted.bytes)
+	}
+	return c.batch.Decode(m.payload)
+}
+
 // skipped judges the events of the batch that could not be read. One that may have removed blocks puts in doubt
 // everything before it, so that the handler forgets, and gets what follows it.
 func (c *ZMQClient) skipped(seq uint64) {
 	b := &c.batch
-	if c.metrics != nil {
-		c.metrics.skipped.Add(float64(len(b.Skipped)))
-	}
+	c.stats.unreadable.Add(uint64(len(b.Skipped)))
 	for _, s := range b.Skipped {
+		c.metrics.countSkipped(s.Reason)
 		c.warn("event_unreadable", string(s.Tag)+" "+s.Reason,
 			"sequence", seq, "index", s.Index, "type", string(s.Tag), "why", s.Reason)
 	}
@@ -630,8 +735,20 @@ func (c *ZMQClient) skipped(seq uint64) {
 		c.seq.unreadable(false)
 		return
 	}
-	c.reset(c.seq.unreadable(true).reset)
-	b.Events = b.Events[cut:]
+	if c.doubt() {
+		b.Events = b.Events[cut:]
+	}
+}
+
+// doubt judges what may have removed blocks and could not be read. It reports whether the handler was told to forget.
+func (c *ZMQClient) doubt() (forgot bool) {
+	d := c.seq.unreadable(true)
+	if d.reset == "" {
+		c.tellFall()
+		return false
+	}
+	c.reset(d.reset)
+	return true
 }
 
 // endsCleared reports whether the batch empties the cache.
@@ -644,15 +761,18 @@ func endsCleared(b *event.Batch) bool {
 	return false
 }
 
-func (c *ZMQClient) countReceived(replayed bool) {
+func (c *ZMQClient) countReceived(m *message) {
+	c.stats.events.Add(uint64(len(c.batch.Events)))
 	if c.metrics == nil {
 		return
 	}
 	for i := range c.batch.Events {
 		c.metrics.received[c.batch.Events[i].Type].Inc()
 	}
-	if replayed {
+	if m.replayed {
 		c.metrics.replayed.Add(float64(len(c.batch.Events)))
+	} else if at := timestamp(c.batch.Time); !at.IsZero() {
+		c.metrics.observeLag(m.at.Sub(at))
 	}
 }
 
@@ -725,6 +845,7 @@ func (c *ZMQClient) leave(name string, begin time.Time, panicked any) bool {
 	if panicked == nil {
 		return true
 	}
+	c.stats.handlerErrors.Add(1)
 	c.metrics.IncrementErrorCount(errorHandleEvent)
 	c.warn("handler_panicked", name, "call", name, "panic", panicked)
 	return false
@@ -735,14 +856,15 @@ func (c *ZMQClient) failed(name string, err error) bool {
 	if err == nil {
 		return true
 	}
+	c.stats.handlerErrors.Add(1)
 	c.metrics.IncrementErrorCount(errorHandleEvent)
 	c.warn("handler_failed", name, "call", name, "error", err)
 	return false
 }
 
 // fail records why there is no connection.
-func (c *ZMQClient) fail(err error, retry time.Duration) {
-	c.metrics.IncrementErrorCount(errorConnection)
+func (c *ZMQClient) fail(err error, kind string, retry time.Duration) {
+	c.metrics.IncrementErrorCount(kind)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	// The same failure again is no news.
@@ -761,6 +883,14 @@ func (c *ZMQClient) setError(text string) bool {
 	return changed
 }
 
+// wake makes the goroutine that asks questions look whether there is one; callers hold mu.
+func (c *ZMQClient) wake() {
+	select {
+	case c.nudge <- struct{}{}:
+	default:
+	}
+}
+
 // tellFall tells of a bound that fell: what the handler is about to see is worth less than what it was told. Callers
 // hold mu.
 func (c *ZMQClient) tellFall() {
@@ -775,11 +905,15 @@ func (c *ZMQClient) tellStatus() {
 	if now == c.told || c.stopped.Load() {
 		return
 	}
+	if _, due := c.seq.due(); due && c.nudge != nil {
+		c.wake()
+	}
 	c.told = now
+	c.metrics.setStream(now.State, now.Bound)
 	c.statusMu.Lock()
 	c.status.State, c.status.Bound, c.status.Reason = now.State, now.Bound, now.Reason
 	c.statusMu.Unlock()
-	status := c.Status()
+	status := c.State()
 	c.log.Info("status", "state", status.State.String(), "bound", status.Bound.String(), "reason", string(status.Reason))
 	if c.statuses != nil {
 		c.call("HandleStatus", func() error { c.statuses.HandleStatus(status); return nil })

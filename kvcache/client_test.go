@@ -160,6 +160,7 @@ func (n *network) engine(change func(*enginesim.Config)) *enginesim.Engine {
 func (n *network) config() *kvcache.ZMQClientConfig {
 	config := kvcache.DefaultZMQClientConfig("default/pod-0", "127.0.0.1", "tiny")
 	config.Dial, config.ListenFunc = n.Dial, n.Listen
+	config.ReplayLimiter = kvcache.NewReplayLimiter(8) // channels stay in their bubble
 	config.Registerer = prometheus.NewRegistry()
 	return config
 }
@@ -231,7 +232,7 @@ func TestClientDeliversWhatWasPublishedBeforeAndAfterItsStart(t *testing.T) {
 			if !c.IsConnected() || c.GetLastSequence() != 4 {
 				t.Errorf("connected %v, last sequence %d", c.IsConnected(), c.GetLastSequence())
 			}
-			s := c.Status()
+			s := c.State()
 			if s.State != kvcache.StateLive || s.Bound != kvcache.BoundExact || s.Reason != "" || s.Err != "" ||
 				!s.ObservedAt.Equal(time.Now()) {
 				t.Errorf("status %+v", s)
@@ -336,7 +337,7 @@ func TestClientWaitsForAnEngineThatIsDown(t *testing.T) {
 		var j journal
 		c := n.client(n.config(), &j)
 		time.Sleep(time.Minute)
-		if s := c.Status(); s.State != kvcache.StateConnecting || !strings.Contains(s.Err, "refused") || c.IsConnected() {
+		if s := c.State(); s.State != kvcache.StateConnecting || !strings.Contains(s.Err, "refused") || c.IsConnected() {
 			t.Errorf("status %+v", s)
 		}
 		if c.GetLastSequence() != -1 {
@@ -361,7 +362,7 @@ func TestClientFollowsARestartedEngine(t *testing.T) {
 			t.Fatal(err)
 		}
 		synctest.Wait()
-		if s := c.Status(); s.State != kvcache.StateRecovering || c.IsConnected() {
+		if s := c.State(); s.State != kvcache.StateRecovering || c.IsConnected() {
 			t.Errorf("status of a client without its engine: %+v", s)
 		}
 		e = n.engine(nil)
@@ -410,26 +411,40 @@ func TestClientFillsAGap(t *testing.T) {
 
 func TestClientWithoutAReplayEndpointSaysWhatItDoesNotKnow(t *testing.T) {
 	t.Parallel()
-	inBubble(t, func(t *testing.T, n *network) {
-		e := n.engine(func(c *enginesim.Config) { c.NoReplay = true })
-		config := n.config()
-		config.NoReplay = true
-		var j journal
-		c := n.client(config, &j)
-		synctest.Wait()
-		publish(t, e, 1)
-		if err := e.PublishAt(4, stored(5)); err != nil {
-			t.Fatal(err)
-		}
-		expect(t, &j, "connecting/at_least reset:start live/at_least 0 live/exact live/unknown 4")
-		if s := c.Status(); s.Reason != kvcache.ReasonGap {
-			t.Errorf("reason %q", s.Reason)
-		}
-		if err := e.Publish(encode(event.Event{Type: event.AllBlocksCleared})); err != nil {
-			t.Fatal(err)
-		}
-		expect(t, &j, "connecting/at_least reset:start live/at_least 0 live/exact live/unknown 4 5 live/exact")
-	})
+	for _, test := range []struct {
+		policy kvcache.Policy
+		saw    string
+	}{
+		{
+			kvcache.PolicyClear,
+			"connecting/at_least reset:start live/at_least 0 live/exact reset:history_lost live/at_least 4",
+		},
+		{kvcache.PolicyKeep, "connecting/at_least reset:start live/at_least 0 live/exact live/unknown 4"},
+	} {
+		t.Run(test.policy.String(), func(t *testing.T) {
+			t.Parallel()
+			inBubble(t, func(t *testing.T, n *network) {
+				e := n.engine(func(c *enginesim.Config) { c.NoReplay = true })
+				config := n.config()
+				config.NoReplay, config.HistoryLost = true, test.policy
+				var j journal
+				c := n.client(config, &j)
+				synctest.Wait()
+				publish(t, e, 1)
+				if err := e.PublishAt(4, stored(5)); err != nil {
+					t.Fatal(err)
+				}
+				expect(t, &j, test.saw)
+				if s := c.State(); s.Reason != kvcache.ReasonHistoryLost {
+					t.Errorf("reason %q", s.Reason)
+				}
+				if err := e.Publish(encode(event.Event{Type: event.AllBlocksCleared})); err != nil {
+					t.Fatal(err)
+				}
+				expect(t, &j, test.saw+" 5 live/exact")
+			})
+		})
+	}
 }
 
 func TestClientGivesUpOnAReplayEndpointThatDoesNotAnswer(t *testing.T) {
@@ -521,7 +536,7 @@ func TestClientLetsTheHoldOverflowAndReplaysWhatItLost(t *testing.T) {
 			r.Send(id, nil, number(math.MaxUint64), nil)
 		})
 		config := n.config()
-		config.MaxHold = 1 // nothing fits
+		config.HoldBudget = kvcache.NewHoldBudget(1) // nothing fits
 		var j journal
 		n.client(config, &j)
 		synctest.Wait()
@@ -542,7 +557,7 @@ func TestClientDoesNotForgetAMessageThatItHadNoRoomToHold(t *testing.T) {
 			r.Send(id, nil, []byte("\xff\xff\xff\xff\xff\xff\xff\xff"), nil)
 		})
 		config := n.config()
-		config.MaxHold = 1
+		config.HoldBudget = kvcache.NewHoldBudget(1)
 		var j journal
 		n.client(config, &j)
 		synctest.Wait()
@@ -743,7 +758,7 @@ func TestListeningClientTakesAConnectionForOneThatHasFallenSilent(t *testing.T) 
 		synctest.Wait()
 		publish(t, e, 1)
 		expect(t, &j, "connecting/at_least reset:start live/at_least recovering/at_least live/at_least 0 live/exact")
-		if got := c.Status().Err; got != "" {
+		if got := c.State().Err; got != "" {
 			t.Errorf("error %q", got)
 		}
 	})
@@ -775,7 +790,7 @@ func TestListeningClientOutlivesWhatIsNotTheEngine(t *testing.T) {
 		var j journal
 		c := n.client(config, &j)
 		synctest.Wait()
-		if got := c.Status().Err; !strings.Contains(got, "too many open files") {
+		if got := c.State().Err; !strings.Contains(got, "too many open files") {
 			t.Errorf("error %q", got)
 		}
 		time.Sleep(5 * time.Second)
@@ -790,7 +805,7 @@ func TestListeningClientOutlivesWhatIsNotTheEngine(t *testing.T) {
 		}
 		publish(t, e, 1)
 		expect(t, &j, "connecting/at_least reset:start live/at_least 0 live/exact")
-		if got := c.Status().Err; got != "" {
+		if got := c.State().Err; got != "" {
 			t.Errorf("a scan of the port is an error of the engine: %q", got)
 		}
 	})
@@ -828,12 +843,13 @@ func TestClientDoesNotBelieveAReplayThatItsConnectionDisproves(t *testing.T) {
 	}{
 		{
 			"it has nothing", 0,
-			"connecting/at_least reset:start syncing/at_least live/exact 0 recovering/exact recovering/unknown 5 live/unknown",
+			"connecting/at_least reset:start syncing/at_least live/exact 0 recovering/exact recovering/unknown " +
+				"reset:history_lost 5 recovering/at_least live/at_least",
 		},
 		{
 			"it has another engine's", 3,
 			"connecting/at_least reset:start syncing/at_least 0r syncing/exact 1r 2r live/exact " +
-				"reset:history_lost 0 live/unknown 5",
+				"reset:history_lost 0 reset:history_lost live/at_least 5",
 		},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -913,16 +929,16 @@ func TestClientFindsWhatAnEngineThatFellSilentHadSent(t *testing.T) {
 
 		// A check that fails proves nothing, neither that something is missing nor that nothing is.
 		mute.Store(true)
-		before := c.Status().ObservedAt
+		before := c.State().ObservedAt
 		time.Sleep(time.Minute)
 		expect(t, &j, soFar+" 2r")
-		if s := c.Status(); s.Bound != kvcache.BoundExact || !s.ObservedAt.Equal(before) ||
+		if s := c.State(); s.Bound != kvcache.BoundExact || !s.ObservedAt.Equal(before) ||
 			!strings.Contains(s.Err, "no answer for 5s") {
 			t.Errorf("status %+v, observed before at %v", s, before)
 		}
 		mute.Store(false)
 		time.Sleep(40 * time.Second)
-		if s := c.Status(); s.Err != "" || time.Since(s.ObservedAt) > 40*time.Second {
+		if s := c.State(); s.Err != "" || time.Since(s.ObservedAt) > 40*time.Second {
 			t.Errorf("status %+v", s)
 		}
 	})
@@ -939,10 +955,10 @@ func TestACheckThatDeniesTheLastBatchProvesNothing(t *testing.T) {
 		c := n.client(n.config(), &j)
 		synctest.Wait()
 		publish(t, e, 1)
-		before := c.Status().ObservedAt
+		before := c.State().ObservedAt
 		time.Sleep(2 * time.Minute)
 		expect(t, &j, "connecting/at_least reset:start syncing/at_least live/exact 0")
-		if s := c.Status(); !s.ObservedAt.Equal(before) {
+		if s := c.State(); !s.ObservedAt.Equal(before) {
 			t.Errorf("observed at %v, the batch came at %v", s.ObservedAt, before)
 		}
 	})
@@ -956,9 +972,9 @@ func TestClientVerifiesNothingIfToldSo(t *testing.T) {
 		config.VerifyInterval = -1
 		c := n.client(config, &events{})
 		time.Sleep(time.Second)
-		before := c.Status().ObservedAt
+		before := c.State().ObservedAt
 		time.Sleep(time.Hour)
-		if s := c.Status(); !s.ObservedAt.Equal(before) || s.State != kvcache.StateLive {
+		if s := c.State(); !s.ObservedAt.Equal(before) || s.State != kvcache.StateLive {
 			t.Errorf("status %+v, observed before at %v", s, before)
 		}
 	})
@@ -982,7 +998,7 @@ func TestClientTakesNoReplayOfAnotherTopic(t *testing.T) {
 				want = "connecting/at_least reset:start syncing/at_least 0r syncing/exact live/exact"
 			}
 			expect(t, &j, want)
-			if got := c.Status().Err; (framing == enginesim.FramingTopic) != strings.Contains(got, `"kv@a@m"`) {
+			if got := c.State().Err; (framing == enginesim.FramingTopic) != strings.Contains(got, `"kv@a@m"`) {
 				t.Errorf("error %q", got)
 			}
 		})
@@ -1040,7 +1056,7 @@ func TestStatusShowsThatReplaysFail(t *testing.T) {
 		n.engine(func(c *enginesim.Config) { c.NoReplay = true })
 		c := n.client(n.config(), &events{})
 		time.Sleep(5 * time.Second)
-		if s := c.Status(); !strings.Contains(s.Err, "replay from tcp://127.0.0.1:5558: ") || !s.ObservedAt.IsZero() {
+		if s := c.State(); !strings.Contains(s.Err, "replay from tcp://127.0.0.1:5558: ") || !s.ObservedAt.IsZero() {
 			t.Errorf("status %+v", s)
 		}
 	})
@@ -1112,7 +1128,7 @@ func TestStopIsPromptInEveryState(t *testing.T) {
 				if err := c.Stop(); err != nil {
 					t.Errorf("a second Stop: %v", err)
 				}
-				if s := c.Status(); s.State != kvcache.StateStopped || c.IsConnected() {
+				if s := c.State(); s.State != kvcache.StateStopped || c.IsConnected() {
 					t.Errorf("after Stop: %+v", s)
 				}
 				if err := c.Start(); !errors.Is(err, kvcache.ErrStopped) {
@@ -1156,7 +1172,7 @@ func TestStopBeforeStart(t *testing.T) {
 	if err := c.Stop(); err != nil {
 		t.Errorf("Stop: %v", err)
 	}
-	if s := c.Status().State; s != kvcache.StateStopped {
+	if s := c.State().State; s != kvcache.StateStopped {
 		t.Errorf("state %v", s)
 	}
 }
@@ -1242,7 +1258,7 @@ func TestStartRefusesWhatCannotWork(t *testing.T) {
 		{"port 0 to dial", func(c *kvcache.ZMQClientConfig) { c.ReplayEndpoint = "tcp://a:0" }, "a wildcard is for"},
 		{"listening nowhere", func(c *kvcache.ZMQClientConfig) { c.Listen = true }, "Listen needs PubEndpoint"},
 		{"a negative time", func(c *kvcache.ZMQClientConfig) { c.ReplayTimeout = -1 }, "ReplayTimeout is negative"},
-		{"a negative size", func(c *kvcache.ZMQClientConfig) { c.MaxHold = -1 }, "MaxHold is negative"},
+		{"a negative size", func(c *kvcache.ZMQClientConfig) { c.MaxMemory = -1 }, "MaxMemory is negative"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()

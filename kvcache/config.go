@@ -32,8 +32,9 @@ const (
 
 	DefaultStopTimeout    = 5 * time.Second
 	DefaultVerifyInterval = 30 * time.Second
-	DefaultMaxHold        = 64 << 20 // bytes
-	DefaultMaxMessage     = 64 << 20 // bytes
+	DefaultMaxMemory      = 64 << 20 // bytes
+	DefaultPingInterval   = 5 * time.Second
+	DefaultPingTimeout    = 4 * time.Second
 )
 
 // ZMQClientConfig says where one engine publishes and how patient to be with it.
@@ -80,11 +81,27 @@ type ZMQClientConfig struct {
 	// was the last for a while would be missed by no other. Zero means 30s, a negative value never.
 	VerifyInterval time.Duration
 
-	// MaxMessage limits one message in bytes; a longer one closes the connection. Zero means 64 MiB.
+	// HistoryLost says what to do when batches are missing on an unbroken connection that the engine no longer has.
+	HistoryLost Policy
+
+	// PingInterval is how often a PING goes to an engine that speaks ZMTP 3.1, PingTimeout how long nothing may come
+	// after one. An engine that is stopped is noticed after both at the latest. Zero means 5s and 4s; a negative
+	// PingInterval sends none, and leaves it to TCP keepalive to find a vanished host.
+	PingInterval, PingTimeout time.Duration
+
+	// MaxMemory bounds the memory of this client in bytes: a quarter for live messages that are held during a replay
+	// (beyond it they are dropped, and fetched by another replay), the rest for the message in hand, as bytes and
+	// decoded. Zero means 64 MiB.
+	MaxMemory int
+	// MaxMessage limits one message in bytes. A longer one is read past, and counts as a batch that cannot be read.
+	// Zero means a 32nd of MaxMemory, which is also the most: 2 MiB, 400,000 tokens in one step of the engine.
 	MaxMessage int
-	// MaxHold limits the bytes of live messages that are held during a replay. Beyond it they are dropped, and fetched
-	// by another replay. Zero means 64 MiB.
-	MaxHold int
+	// HoldBudget is what the held messages of several clients may take together. Nil means one of 256 MiB that all such
+	// clients of the process share.
+	HoldBudget *HoldBudget
+	// ReplayLimiter says how many clients may have a replay at once. Nil means 8, over all such clients of the process.
+	ReplayLimiter ReplayLimiter
+
 	// StopTimeout is how long Stop waits for a handler call that is running. Zero means 5s.
 	StopTimeout time.Duration
 
@@ -93,6 +110,12 @@ type ZMQClientConfig struct {
 	// Registerer receives this client's metrics. All clients must be given the same value, not one wrapper each. Nil
 	// means what InitializeMetrics registered with the default registry, and no metrics if that was never called.
 	Registerer prometheus.Registerer
+	// MetricsNamespace is the first word of the metrics' names: "kvtap", which empty means, or "aibrix" for dashboards
+	// made for AIBrix. There the rank has no label of its own but ends the pod_key, as ":1".
+	MetricsNamespace string
+	// NoEngineMetrics leaves out the metrics that have a series per engine. With thousands of engines those cost money;
+	// Stats has the same figures.
+	NoEngineMetrics bool
 
 	// Dial and ListenFunc replace the network, for tests. Nil means the real one.
 	Dial       func(ctx context.Context, network, address string) (net.Conn, error)
@@ -113,6 +136,20 @@ func DefaultZMQClientConfig(podKey, podIP, modelName string) *ZMQClientConfig {
 	}
 }
 
+// Shares of MaxMemory. A decoded message takes up to 18 times its bytes (event.Decode says how), and there are two read
+// buffers and the last payload.
+const (
+	messageShare = 32
+	holdShare    = 4
+	minMemory    = 1 << 20
+)
+
+func (c *ZMQClientConfig) maxMessage() int {
+	return orDefault(c.MaxMessage, orDefault(c.MaxMemory, DefaultMaxMemory)/messageShare)
+}
+
+func (c *ZMQClientConfig) maxHold() int { return orDefault(c.MaxMemory, DefaultMaxMemory) / holdShare }
+
 // ErrInvalidConfig is matched by every error of ValidateConfig.
 var ErrInvalidConfig = errors.New("kvcache: invalid configuration")
 
@@ -128,6 +165,7 @@ func ValidateConfig(config *ZMQClientConfig) error {
 		{"ReplayTimeout", config.ReplayTimeout},
 		{"ReconnectDelay", config.ReconnectDelay},
 		{"StopTimeout", config.StopTimeout},
+		{"PingTimeout", config.PingTimeout},
 	} {
 		if d.value < 0 {
 			return fmt.Errorf("%w: %s is negative: %v", ErrInvalidConfig, d.name, d.value)
@@ -136,10 +174,22 @@ func ValidateConfig(config *ZMQClientConfig) error {
 	for _, n := range []struct {
 		name  string
 		value int
-	}{{"MaxMessage", config.MaxMessage}, {"MaxHold", config.MaxHold}, {"Rank", config.Rank}} {
+	}{{"MaxMessage", config.MaxMessage}, {"MaxMemory", config.MaxMemory}, {"Rank", config.Rank}} {
 		if n.value < 0 {
 			return fmt.Errorf("%w: %s is negative: %d", ErrInvalidConfig, n.name, n.value)
 		}
+	}
+	if memory := orDefault(config.MaxMemory, DefaultMaxMemory); memory < minMemory {
+		return fmt.Errorf("%w: MaxMemory is %d bytes, less than %d", ErrInvalidConfig, memory, minMemory)
+	} else if most := memory / messageShare; config.MaxMessage > most {
+		return fmt.Errorf("%w: MaxMessage is %d bytes, more than a %dnd of MaxMemory (%d): decoded, it could take more than "+
+			"that", ErrInvalidConfig, config.MaxMessage, messageShare, most)
+	}
+	if config.HistoryLost > PolicyKeep {
+		return fmt.Errorf("%w: unknown HistoryLost policy %d", ErrInvalidConfig, config.HistoryLost)
+	}
+	if ns := config.MetricsNamespace; ns != "" && ns != NamespaceKvtap && ns != NamespaceAIBrix {
+		return fmt.Errorf("%w: MetricsNamespace is %q, not %q or %q", ErrInvalidConfig, ns, NamespaceKvtap, NamespaceAIBrix)
 	}
 	if config.Listen && config.PubEndpoint == "" {
 		return fmt.Errorf("%w: Listen needs PubEndpoint, such as tcp://*:5557", ErrInvalidConfig)

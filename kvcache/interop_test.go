@@ -32,12 +32,19 @@ type collector struct {
 	order    []uint64
 	resets   []kvcache.Reason
 	fold     event.Fold
-	changed  chan struct{} // has room for one
+	before   func(kvcache.BatchInfo)     // called first with each batch, if set
+	told     map[kvcache.State]time.Time // when each state was told of last
+	changed  chan struct{}               // has room for one
 }
 
-func newCollector() *collector { return &collector{changed: make(chan struct{}, 1)} }
+func newCollector() *collector {
+	return &collector{told: map[kvcache.State]time.Time{}, changed: make(chan struct{}, 1)}
+}
 
 func (c *collector) HandleBatch(b *event.Batch, info kvcache.BatchInfo) error {
+	if c.before != nil {
+		c.before(info)
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.payloads == nil {
@@ -60,7 +67,12 @@ func (c *collector) HandleReset(r kvcache.Reset) error {
 	return nil
 }
 
-func (c *collector) HandleStatus(kvcache.Status) { c.tell() }
+func (c *collector) HandleStatus(s kvcache.Status) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.told[s.State] = time.Now()
+	c.tell()
+}
 
 func (c *collector) tell() {
 	select {
@@ -69,10 +81,13 @@ func (c *collector) tell() {
 	}
 }
 
-// wait returns once ok is true, which is asked again after every call of the handler.
-func (c *collector) wait(t *testing.T, what string, ok func() bool) {
+// wait returns once ok is true, which is asked again after every call of the handler, and now and then for what no call
+// tells of.
+func (c *collector) wait(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	deadline := time.After(time.Minute)
+	ticker := time.NewTicker(20 * time.Millisecond)
+	defer ticker.Stop()
 	for {
 		c.mu.Lock()
 		done := ok()
@@ -83,6 +98,7 @@ func (c *collector) wait(t *testing.T, what string, ok func() bool) {
 		}
 		select {
 		case <-c.changed:
+		case <-ticker.C:
 		case <-deadline:
 			t.Fatalf("waiting for %s: %d batches since the last reset, resets %v", what, len(order), resets)
 		}
@@ -90,7 +106,7 @@ func (c *collector) wait(t *testing.T, what string, ok func() bool) {
 }
 
 // recorded returns the payloads of a recorded stream, in hex.
-func recorded(t *testing.T, path string) (payloads []string) {
+func recorded(t testing.TB, path string) (payloads []string) {
 	t.Helper()
 	f, err := os.Open(path)
 	if err != nil {
@@ -187,7 +203,7 @@ func TestClientFollowsAPublisherOfLibzmq(t *testing.T) {
 			if diff := cmp.Diff([]kvcache.Reason{kvcache.ReasonStart, kvcache.ReasonRestart}, c.resets); diff != "" {
 				t.Errorf("resets (-want +got):\n%s", diff)
 			}
-			if s := client.Status(); s.Bound != kvcache.BoundExact {
+			if s := client.State(); s.Bound != kvcache.BoundExact {
 				t.Errorf("status %+v", s)
 			}
 		})

@@ -4,6 +4,7 @@
 package kvcache
 
 import (
+	"bytes"
 	"testing"
 	"time"
 )
@@ -54,31 +55,83 @@ func TestBackoffSpreadsOverItsWholeLimit(t *testing.T) {
 	}
 }
 
-func TestHoldQueueKeepsOrderAndItsBound(t *testing.T) {
+func TestHoldQueueKeepsOrderAndItsBounds(t *testing.T) {
 	t.Parallel()
-	q := holdQueue{max: 3 * (heldOverhead + 4)}
-	for i := range uint64(3) {
-		q.push(i, time.Time{}, []byte{'t'}, []byte{byte(i), 1, 2})
+	budget := NewHoldBudget(1 << 20)
+	q := holdQueue{max: 256 << 10, budget: budget}
+	push := func(i uint64, payload []byte) bool {
+		return q.push(&message{seq: i, at: time.Unix(int64(i), 5), topic: []byte{'t'}, payload: payload,
+			omitted: omission{bytes: i, digest: 2 * i}})
 	}
-	for i := range uint64(3) {
-		m, topic, payload, ok := q.peek()
-		if !ok || m.seq != i || string(topic) != "t" || payload[0] != byte(i) || len(payload) != 3 {
-			t.Fatalf("message %d: %+v %q %v %v", i, m, topic, payload, ok)
+	for i := range uint64(1000) { // over several chunks, some messages longer than one
+		size := 3
+		if i%100 == 7 {
+			size = 5000
+		}
+		if !push(i, bytes.Repeat([]byte{byte(i)}, size)) {
+			t.Fatalf("no room for message %d", i)
+		}
+	}
+	if used := budget.Used(); used != q.size || used > 2*(1000*(heldHeader+4)+10*5000) {
+		t.Errorf("%d bytes of the budget are used, %d of the queue", used, q.size)
+	}
+	for i := range uint64(1000) {
+		m, ok := q.peek()
+		if !ok || m.seq != i || string(m.topic) != "t" || m.payload[0] != byte(i) || !m.at.Equal(time.Unix(int64(i), 5)) ||
+			m.omitted != (omission{bytes: i, digest: 2 * i}) {
+			t.Fatalf("message %d: %+v %v", i, m, ok)
 		}
 		q.take()
 	}
-	if _, _, _, ok := q.peek(); ok {
-		t.Error("a fourth message")
+	if _, ok := q.peek(); ok || budget.Used() != 0 || q.size != 0 || q.held.Load() != 0 {
+		t.Errorf("taken to the last, %d bytes are in use", budget.Used())
 	}
-	q.clear()
-	for i := range uint64(4) {
-		q.push(i, time.Time{}, nil, make([]byte, 4))
+	q.take() // of nothing
+
+	for i := range uint64(1000) {
+		if !push(i, make([]byte, 2000)) {
+			if q.size != 0 || q.count != 0 || budget.Used() != 0 {
+				t.Errorf("%d bytes held after an overflow", q.size)
+			}
+			if i < 20 {
+				t.Errorf("it overflowed after %d messages", i)
+			}
+			return
+		}
+		if q.size > q.max {
+			t.Fatalf("%d bytes in use, %d allowed", q.size, q.max)
+		}
 	}
-	if q.size() != 0 {
-		t.Errorf("%d bytes held after an overflow", q.size())
+	t.Error("it never overflowed")
+}
+
+func TestHoldQueuesShareTheirBudget(t *testing.T) {
+	t.Parallel()
+	budget := NewHoldBudget(10 * minHoldChunk)
+	one, two := holdQueue{max: 1 << 20, budget: budget}, holdQueue{max: 1 << 20, budget: budget}
+	m := &message{payload: make([]byte, 100)}
+	for one.push(m) && one.size < 8*minHoldChunk {
 	}
-	if !q.takeDropped() || q.takeDropped() {
-		t.Error("an overflow is reported once")
+	if one.count == 0 {
+		t.Fatal("one queue alone overflowed within the budget")
+	}
+	two.push(m)
+	pushed := 0
+	for two.push(m) {
+		if pushed++; pushed > 1000 {
+			t.Fatal("the second queue grows beyond the budget")
+		}
+	}
+	if two.size != 0 || one.count == 0 || budget.Used() != one.size {
+		t.Errorf("%d bytes of the second, %d of the first, %d used", two.size, one.size, budget.Used())
+	}
+	one.clear()
+	one.clear()
+	if budget.Used() != 0 {
+		t.Errorf("%d bytes used by nobody", budget.Used())
+	}
+	if !two.push(m) {
+		t.Error("no room in a budget that is free again")
 	}
 }
 

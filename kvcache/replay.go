@@ -22,10 +22,15 @@ import (
 type message struct {
 	seq            uint64
 	topic, payload []byte
+	omitted        omission
 	at             time.Time
 	replayed       bool
 	held           bool // it comes from the hold
 }
+
+// omission says what of a message was too large to be read: how many bytes, and their digest. With it the payload is
+// empty.
+type omission struct{ bytes, digest uint64 }
 
 // end reports whether the message is the marker that ends a replay.
 func (m *message) end() bool { return m.seq == endMarker && len(m.payload) == 0 }
@@ -53,8 +58,7 @@ const replayRetry = 200 * time.Millisecond
 func (c *ZMQClient) runReplays(ctx context.Context, wg *sync.WaitGroup) {
 	pace := newBackoff(replayRetry)
 	for {
-		asked, from := c.wantedReplay(ctx)
-		end, err := c.replayOnce(ctx, wg, asked, from)
+		asked, end, err := c.takeTurn(ctx, wg)
 		if c.endReplay(ctx, wg, asked, end, err) {
 			return
 		}
@@ -68,11 +72,26 @@ func (c *ZMQClient) runReplays(ctx context.Context, wg *sync.WaitGroup) {
 	}
 }
 
+// takeTurn runs the replay that is wanted when its turn has come.
+func (c *ZMQClient) takeTurn(ctx context.Context, wg *sync.WaitGroup) (asked uint64, end replayEnd, err error) {
+	if err = c.limiter.Acquire(ctx); err != nil {
+		asked, _ = c.wantedReplay(ctx)
+		return asked, 0, fmt.Errorf("no turn: %w", err)
+	}
+	release := sync.OnceFunc(c.limiter.Release)
+	defer release()
+	defer time.AfterFunc(maxTurn, release).Stop()
+	asked, from := c.wantedReplay(ctx)
+	end, err = c.replayOnce(ctx, wg, asked, from)
+	return asked, end, err
+}
+
 // wantedReplay returns which replay is wanted now, and its first number.
 func (c *ZMQClient) wantedReplay(ctx context.Context) (asked, from uint64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if ctx.Err() == nil {
+		c.stats.replays.Add(1)
 		c.metrics.IncrementReplayCount()
 	}
 	return c.replayAsked, c.seq.ask.from
@@ -91,9 +110,10 @@ func (c *ZMQClient) endReplay(ctx context.Context, wg *sync.WaitGroup, asked uin
 	var d decision
 	switch {
 	case err != nil:
+		c.stats.replayFailures.Add(1)
 		c.metrics.IncrementReplayFailure()
 		c.metrics.IncrementErrorCount(errorReplay)
-		c.log.Warn("replay_failed", "endpoint", c.replay, "from", c.seq.ask.from, "error", err)
+		c.warn("replay_failed", err.Error(), "endpoint", c.replay, "from", c.seq.ask.from, "error", err)
 		c.setError("replay from " + c.replay + ": " + err.Error())
 		if c.replayAsked == asked {
 			d = c.seq.replayFailed()
@@ -102,7 +122,7 @@ func (c *ZMQClient) endReplay(ctx context.Context, wg *sync.WaitGroup, asked uin
 		c.metrics.IncrementReplaySuccess()
 		c.setError("")
 		if c.replayAsked == asked {
-			d = c.seq.replayEnded(end == endMarked, c.hold.takeDropped())
+			d = c.seq.replayEnded(end)
 		}
 	}
 	c.obey(ctx, wg, d, &message{})
@@ -126,12 +146,12 @@ func (c *ZMQClient) endReplay(ctx context.Context, wg *sync.WaitGroup, asked uin
 // wanted first. Callers hold mu.
 func (c *ZMQClient) placeHeld(ctx context.Context, wg *sync.WaitGroup) bool {
 	for ctx.Err() == nil {
-		h, topic, payload, ok := c.hold.peek()
+		h, ok := c.hold.peek()
 		if !ok {
 			c.hold.clear()
 			return true
 		}
-		m := message{seq: h.seq, topic: topic, payload: payload, at: h.at, held: true}
+		m := message{seq: h.seq, topic: h.topic, payload: h.payload, omitted: h.omitted, at: h.at, held: true}
 		d := c.seq.held(h.seq, c.proofOf(&m))
 		c.obey(ctx, wg, d, &m)
 		if d.replay {
@@ -155,45 +175,75 @@ var (
 // between subscribing and the replay may have reached neither.
 const firstCheck = time.Second
 
-// verifyTail looks at the tail of the stream until ctx ends: once soon, then whenever nothing came for a while.
-func (c *ZMQClient) verifyTail(ctx context.Context, wg *sync.WaitGroup) {
-	interval := orDefault(c.config.VerifyInterval, DefaultVerifyInterval)
-	if interval < 0 || c.replay == "" {
+// askQuestions looks at the tail of the stream until ctx ends: once soon, then whenever nothing came for a while, and
+// soon after reading was paused. Other questions that the sequencer has are asked in between, at a growing distance.
+func (c *ZMQClient) askQuestions(ctx context.Context, wg *sync.WaitGroup, nudge <-chan struct{}) {
+	if c.replay == "" {
 		return
 	}
-	for wait, idle := firstCheck, time.Duration(0); ; {
+	interval := orDefault(c.config.VerifyInterval, DefaultVerifyInterval)
+	pace := newBackoff(orDefault(c.config.ReconnectDelay, DefaultReconnectInterval))
+	timer := time.NewTimer(firstCheck)
+	defer timer.Stop()
+	idle := time.Duration(0) // how long nothing must have come
+	var lastDue time.Time
+	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-time.After(wait):
+		case <-nudge:
+			due, paused := c.questions()
+			switch {
+			case due:
+				timer.Reset(pace.next(false))
+			case paused && interval > 0:
+				idle = 0
+				timer.Reset(firstCheck)
+			}
+			continue
+		case <-timer.C:
 		}
-		if since := time.Since(time.Unix(0, c.observed.Load())); since < idle {
-			wait = idle - since
+		if due, _ := c.questions(); due {
+			c.check(ctx, wg)
+			timer.Reset(pace.next(false))
+			lastDue = time.Now()
 			continue
 		}
-		c.checkTail(ctx, wg)
+		if time.Since(lastDue) > MaxReconnectInterval {
+			pace.reset() // an endpoint that answers now and then is asked less and less often
+		}
+		if interval < 0 {
+			timer.Reset(DefaultVerifyInterval) // another question may come up
+			continue
+		}
+		if since := time.Since(time.Unix(0, c.observed.Load())); since < idle {
+			timer.Reset(idle - since)
+			continue
+		}
+		c.check(ctx, wg)
 		// Clients that started together should not ask together.
 		idle = interval - interval/10 + rand.N(interval/5+1)
-		wait = idle
+		timer.Reset(idle)
 	}
 }
 
-func (c *ZMQClient) checkTail(ctx context.Context, wg *sync.WaitGroup) {
+// questions reports whether the sequencer has a question though messages come, and whether reading was paused since the
+// last call.
+func (c *ZMQClient) questions() (due, paused bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	_, due = c.seq.due()
+	paused, c.paused = c.paused, false
+	return due, paused
+}
+
+func (c *ZMQClient) check(ctx context.Context, wg *sync.WaitGroup) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if ctx.Err() == nil {
 		c.obey(ctx, wg, c.seq.check(), &message{})
 	}
 }
-
-// replayEnd says how a replay with a valid answer ended.
-type replayEnd uint8
-
-const (
-	endUnwanted replayEnd = iota // another replay is wanted instead
-	endMarked                    // by the end marker
-	endSilent                    // after some messages nothing more came
-)
 
 // replayOnce asks for one replay and hands on what it brings. Callers do not hold mu.
 func (c *ZMQClient) replayOnce(ctx context.Context, wg *sync.WaitGroup, asked, from uint64) (replayEnd, error) {
@@ -207,10 +257,12 @@ func (c *ZMQClient) replayOnce(ctx context.Context, wg *sync.WaitGroup, asked, f
 	if err := conn.Send(nil, binary.BigEndian.AppendUint64(nil, from)); err != nil {
 		return 0, fmt.Errorf("cannot send the request: %w", err)
 	}
-	// The timer runs only while we wait for the engine, never while the handler does its work.
+	// The timer runs only while we wait for the engine, never while the handler does its work. It begins anew with each
+	// message that brings the replay forward; others do not keep it going.
 	timeout := orDefault(c.config.ReplayTimeout, DefaultReplayTimeout)
 	var silent atomic.Bool
-	timer := time.AfterFunc(timeout, func() {
+	left, since := timeout, time.Now()
+	timer := time.AfterFunc(left, func() {
 		silent.Store(true)
 		_ = conn.Close()
 	})
@@ -218,6 +270,7 @@ func (c *ZMQClient) replayOnce(ctx context.Context, wg *sync.WaitGroup, asked, f
 	for messages := 0; ; messages++ {
 		frames, err := conn.Recv()
 		timer.Stop()
+		left -= time.Since(since)
 		switch {
 		case err != nil && !silent.Load():
 			return 0, fmt.Errorf("lost the connection: %w", err)
@@ -238,30 +291,39 @@ func (c *ZMQClient) replayOnce(ctx context.Context, wg *sync.WaitGroup, asked, f
 			return 0, fmt.Errorf("%w: %.64q", errReplayTopic, m.topic)
 		}
 		m.at, m.replayed = conn.LastReceived(), true
-		if wanted, err := c.replayed(ctx, wg, asked, &m); !wanted {
-			return endUnwanted, err
+		m.omitted.bytes, m.omitted.digest = conn.Omitted()
+		d, wanted := c.replayed(ctx, wg, asked, &m)
+		switch {
+		case d.foreign:
+			return 0, errReplayForeign
+		case d.invalid:
+			return 0, errReplayNonsense
+		case !wanted:
+			return endUnwanted, nil
+		case d.enough:
+			return endEnough, nil
+		case d.useful:
+			left = timeout
 		}
-		timer.Reset(timeout)
+		since = time.Now()
+		timer.Reset(max(left, 0))
 	}
 }
 
-// replayed takes one message of a replay, and reports whether more of it is wanted.
+// replayed takes one message of a replay, and reports whether this replay is still the one that is wanted.
 func (c *ZMQClient) replayed(
 	ctx context.Context, wg *sync.WaitGroup, asked uint64, m *message,
-) (wanted bool, err error) {
+) (d decision, wanted bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	// A restart seen live meanwhile makes this answer one of the past: it must not bring removed blocks back.
 	if c.replayAsked != asked || ctx.Err() != nil {
-		return false, nil
+		return d, false
 	}
-	d := c.seq.replayed(m.seq, c.proofOf(m))
+	d = c.seq.replayed(m.seq, c.proofOf(m))
 	c.obey(ctx, wg, d, m)
 	c.tellStatus()
-	if d.foreign {
-		return false, errReplayForeign
-	}
-	return c.replayAsked == asked, nil
+	return d, c.replayAsked == asked
 }
 
 // overlap remembers the digests of what a replay brought until the live stream has caught up, so that a live message
@@ -274,11 +336,18 @@ type overlap struct {
 // maxOverlap bounds the numbers that are remembered. Engines keep 10,000 batches unless told otherwise.
 const maxOverlap = 1 << 17
 
-var overlapSeed = maphash.MakeSeed()
+var digestSeed = maphash.MakeSeed()
 
-func digestOf(m *message) uint32 {
-	return max(uint32(maphash.Bytes(overlapSeed, m.payload)), 1)
+// digestOf tells one message from another under the same number.
+func digestOf(m *message) uint64 {
+	return digestBytes(m.payload, m.omitted)
 }
+
+func digestBytes(payload []byte, o omission) uint64 {
+	return maphash.Bytes(digestSeed, payload) ^ o.bytes ^ o.digest
+}
+
+func (o *overlap) digestOf(m *message) uint32 { return max(uint32(digestOf(m)), 1) }
 
 // add takes a message of a replay. Numbers rise by one but for those that were burned.
 func (o *overlap) add(m *message) {
@@ -288,7 +357,7 @@ func (o *overlap) add(m *message) {
 	for o.first+uint64(len(o.digests)) < m.seq {
 		o.digests = append(o.digests, 0)
 	}
-	o.digests = append(o.digests, digestOf(m))
+	o.digests = append(o.digests, o.digestOf(m))
 }
 
 // proof compares m with the message of the replay under its number.
@@ -299,7 +368,7 @@ func (o *overlap) proof(m *message) proof {
 	switch o.digests[m.seq-o.first] {
 	case 0:
 		return unproven
-	case digestOf(m):
+	case o.digestOf(m):
 		return same
 	}
 	return other

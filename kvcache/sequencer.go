@@ -15,6 +15,8 @@ import "math"
 type sequencer struct {
 	// replayable says that there is a replay endpoint to ask.
 	replayable bool
+	// keep is the policy for history that is lost on an unbroken connection: an unknown bound rather than a reset.
+	keep bool
 	// want is the first number the caller cares for; above 0 the bound cannot become exact by a replay.
 	want uint64
 
@@ -26,6 +28,11 @@ type sequencer struct {
 	// the life's first delivered number to last was delivered once or settled.
 	started bool
 	last    uint64
+
+	// base is the first delivered number of the life. If that is 1, whether there was a 0 shows when a replay still
+	// begins with 1 after more than baseLast was published, for a buffer that rolls would have moved on.
+	base, baseLast uint64
+	baseProof      baseProof
 
 	// opened says that the first connection was made and the handler told to start afresh.
 	opened bool
@@ -42,12 +49,27 @@ type sequencer struct {
 	// newest is the highest number seen live on the current connection.
 	newest    uint64
 	hasNewest bool
+	// heldFirst is the oldest number that is held, if hasHeld; from there to newest everything that came is.
+	heldFirst uint64
+	hasHeld   bool
+	// dropped says that held messages were dropped, for want of room, since the replay that runs was asked for.
+	dropped bool
 
 	ask ask
 	// failures counts replays in a row that gave no valid answer, stalls those that gave one and nothing new though
 	// something is missing.
 	failures, stalls int
 }
+
+// baseProof says how far it is known that a life began with the number base.
+type baseProof uint8
+
+const (
+	baseHeard    baseProof = iota // it was the first to be delivered
+	baseReplayed                  // a replay from 0 began with it
+	baseComplete                  // since then everything was delivered, up to baseLast, that had been published by then
+	baseAsked                     // a later replay from 0 has told
+)
 
 // proof is what the bytes of a message say about the batch that was delivered under its number.
 type proof uint8
@@ -60,16 +82,27 @@ const (
 
 // ask is one replay, asked for and not yet over.
 type ask struct {
-	from uint64
+	purpose purpose
+	from    uint64
 	// verify says that from was delivered before, so that the answer must begin with it.
 	verify bool
-	// check says that nothing is known to be missing: the tail is looked at while live messages flow.
-	check bool
-	// count is the number of messages at or after from in the answer so far.
-	count int
+	// count is the number of messages at or after from in the answer so far, newest the number of the last of them.
+	count  int
+	newest uint64
 	// progress says that the answer delivered a batch or settled a number.
 	progress bool
 }
+
+// purpose is why a replay is asked for. For all but the first nothing is known to be missing, live messages flow
+// meanwhile, and nothing is lost if it fails.
+type purpose uint8
+
+const (
+	askFill   purpose = iota // to bring what is missing; live messages are held until it has
+	askTail                  // to see whether anything was sent that never came
+	askRetry                 // to see whether the endpoint answers again, after replays were given up
+	askOrigin                // to see whether the life began with number 1
+)
 
 // The limits after which the sequencer stops asking for what does not come.
 const (
@@ -101,6 +134,10 @@ type decision struct {
 	burned    uint64 // numbers found never to have been sent
 	duplicate bool   // the message was delivered before
 	invalid   bool   // the number makes no sense
+	// enough says that the replay that runs has told all it was asked for: what it still sends is not wanted.
+	enough bool
+	// useful says that the message of a replay brought the replay forward.
+	useful bool
 	// foreign says that the replay endpoint speaks for another engine, or for another life of this one, than the
 	// connection. While a replay runs, it has thereby failed.
 	foreign bool
@@ -109,6 +146,7 @@ type decision struct {
 // connect tells of a new connection that is subscribed.
 func (s *sequencer) connect() (d decision) {
 	s.verified, s.hasNewest, s.givenUp = false, false, false
+	s.hasHeld, s.dropped = false, false
 	s.failures, s.stalls = 0, 0
 	first := !s.opened
 	s.opened = true
@@ -121,9 +159,9 @@ func (s *sequencer) connect() (d decision) {
 		if s.wasLive {
 			s.state = StateRecovering
 		}
-		if s.started && s.bound == BoundUnknown {
+		if s.started && s.bound == BoundUnknown && !s.keep {
 			// Going on from the last delivered batch would leave the bound unknown for ever; a fresh history does not.
-			d.reset = ReasonHistoryLost
+			d.reset = ReasonResync
 			s.forget(d.reset)
 		}
 		s.request(&d)
@@ -136,20 +174,59 @@ func (s *sequencer) connect() (d decision) {
 	return d
 }
 
-// check asks whether the engine has sent something that never came: the newest batch of an engine that has fallen
-// silent would be missed by no other. Nothing is held meanwhile, and nothing is lost if the check fails.
+// check asks the engine a question, while live messages flow: whether it has sent something that never came (the newest
+// batch of an engine that has fallen silent would be missed by no other), or what due says is to be asked.
 func (s *sequencer) check() (d decision) {
-	if s.state != StateLive || s.holding || s.givenUp || !s.replayable {
+	if s.state != StateLive || s.holding || !s.replayable {
 		return d
 	}
+	why := askTail
+	if p, ok := s.due(); ok {
+		why = p
+	}
 	s.request(&d)
-	s.holding, s.ask.check = false, true
+	s.holding, s.ask.purpose = false, why
+	if why == askOrigin {
+		s.ask.from, s.ask.verify = 0, false
+	}
 	return d
 }
 
+// due tells which question is to be asked though messages come, if any.
+func (s *sequencer) due() (purpose, bool) {
+	if s.givenUp {
+		return askRetry, true
+	}
+	if s.base != 1 || !s.started || s.bound != BoundAtLeast ||
+		s.reason != ReasonLateStart && s.reason != ReasonHistoryLost {
+		return askFill, false
+	}
+	switch s.baseProof {
+	case baseReplayed:
+		return askTail, true // the sooner it is complete, the fewer batches it takes to tell
+	case baseComplete:
+		return askOrigin, s.last > s.baseLast
+	}
+	return askFill, false
+}
+
+// cut tells that the caller wants to begin anew, for a reason of its own.
+func (s *sequencer) cut(reason Reason) (d decision) {
+	d.reset, d.dropHeld = reason, true
+	s.hasHeld = false
+	s.forget(reason)
+	if s.state == StateLive {
+		s.state = StateRecovering
+	}
+	return d
+}
+
+// overflowed tells that the held messages, the one to be held included, were dropped for want of room.
+func (s *sequencer) overflowed() { s.hasHeld, s.dropped = false, true }
+
 // disconnect tells that the connection is gone. Held messages are lost with it.
 func (s *sequencer) disconnect() {
-	s.holding = false
+	s.holding, s.hasHeld = false, false
 	s.state = StateConnecting
 	if s.wasLive {
 		s.state = StateRecovering
@@ -174,6 +251,9 @@ func (s *sequencer) live(seq uint64, p proof) (d decision) {
 	s.newest, s.hasNewest = seq, true
 	if s.holding {
 		d.verdict = hold
+		if !s.hasHeld {
+			s.heldFirst, s.hasHeld = seq, true
+		}
 		return d
 	}
 	return s.next(seq, p)
@@ -216,6 +296,11 @@ func (s *sequencer) next(seq uint64, p proof) (d decision) {
 		return s.gap(s.last+1, seq)
 	default:
 		d.missed = s.miss(s.last+1, seq)
+		if s.verified {
+			s.lose(seq, &d)
+			break
+		}
+		// After a reconnect that proved nothing, more or less is missing, or it is another life.
 		s.lower(BoundUnknown, ReasonGap)
 		d.verdict = deliver
 	}
@@ -223,21 +308,31 @@ func (s *sequencer) next(seq uint64, p proof) (d decision) {
 	return d
 }
 
+// lose gives up what is missing before seq, which comes from an engine that is known to be the same as before.
+func (s *sequencer) lose(seq uint64, d *decision) {
+	d.verdict = deliver
+	s.verified = true
+	if s.keep && s.started {
+		s.lower(BoundUnknown, ReasonHistoryLost)
+		return
+	}
+	d.reset = ReasonHistoryLost
+	s.forget(d.reset)
+	s.first(seq)
+}
+
 // gap asks for the numbers from next up to seq, which are missing, and keeps seq for later. If asking did not help
 // before, they are lost and seq begins the history anew.
 func (s *sequencer) gap(next, seq uint64) (d decision) {
+	d.missed = s.miss(next, seq)
 	if s.stalls >= maxReplayStalls {
-		d.reset = ReasonHistoryLost
-		s.forget(d.reset)
-		s.first(seq)
-		s.verified = true
-		d.verdict = deliver
+		s.lose(seq, &d)
 		return d
 	}
-	d.missed = s.miss(next, seq)
 	s.stalls++
 	s.state = StateRecovering
 	d.verdict = hold
+	s.heldFirst, s.hasHeld = seq, true // what was held before it is placed
 	s.request(&d)
 	return d
 }
@@ -253,10 +348,12 @@ func (s *sequencer) miss(next, seq uint64) uint64 {
 func (s *sequencer) restart(seq uint64) (d decision) {
 	d.reset, d.dropHeld = ReasonRestart, true
 	s.forget(ReasonRestart)
+	s.hasHeld = false
 	if s.replayable && !s.givenUp {
 		s.stalls = 0
 		s.state = StateRecovering
 		d.verdict = hold
+		s.heldFirst, s.hasHeld = seq, true
 		s.request(&d)
 		return d
 	}
@@ -276,37 +373,66 @@ func (s *sequencer) replayed(seq uint64, p proof) (d decision) {
 	if seq < a.from {
 		return d // older than was asked for
 	}
+	if a.count > 0 && seq <= a.newest {
+		d.invalid = true // engines send the oldest first, and each once
+		return d
+	}
 	first := a.count == 0
 	a.count++
-	if first && a.verify {
+	a.newest = seq
+	if first && a.verify && seq == a.from {
 		switch {
-		case seq > a.from:
-			// The engine no longer holds the batch that would tell whether this is the same life.
-			d.reset = ReasonHistoryLost
-			s.forget(d.reset)
-		case a.check && s.last > a.from:
-			// Live messages have come meanwhile, and the bytes of this one are no longer at hand.
-			d.duplicate = true
-			return d
 		case p != same && s.verified:
 			// The connection was proven to be of the life that sent p. It will break if that life has ended.
 			d.foreign = true
 			return d
 		case p != same:
 			return s.replaced()
-		default:
-			s.verified = true
-			d.duplicate = true
+		}
+		s.verified = true
+		d.duplicate, d.useful = true, true
+		return d
+	}
+	switch {
+	case a.purpose == askRetry:
+		return d // a replay is to be good to its end before anything is built on it; what it brings can be asked for again
+	case a.purpose == askOrigin:
+		s.baseProof, d.enough = baseAsked, true
+		if seq == s.base && p != other && s.bound == BoundAtLeast {
+			s.bound, s.reason = BoundExact, ""
+		}
+		return d
+	case first && a.verify && s.verified && seq > s.last+1:
+		// Between the last delivered batch and this one the engine has forgotten something, unless it came meanwhile.
+		switch {
+		case a.purpose != askFill:
+			s.request(&d) // so that what is on its way is held
+			return d
+		case s.hasHeld && s.heldFirst <= s.last+1:
+			d.enough = true
 			return d
 		}
+		d.missed = s.miss(s.last+1, seq)
+		s.lose(seq, &d)
+	case first && a.verify && s.verified:
+	case first && a.verify:
+		// The engine no longer holds the batch that would tell whether this is the same life, or never sent that number in
+		// its new life. What it has from the beginning on tells more.
+		d.reset = ReasonHistoryLost
+		s.forget(d.reset)
+		s.state = StateRecovering
+		s.request(&d)
+		return d
 	}
 	switch {
 	case !s.started:
 		s.first(seq)
+		s.baseProof = baseReplayed
 	case seq <= s.last:
 		d.duplicate = true
 		return d
-	case seq > s.last+1 && a.count == 2 && a.from == s.last:
+	case d.verdict == deliver:
+	case seq > s.last+1 && a.verify && a.count == 2 && a.from == s.last:
 		// The number asked for and this one came with nothing between them, and nothing can have been dropped yet: the
 		// numbers between were taken and never sent.
 		d.burned = seq - s.last - 1
@@ -318,7 +444,26 @@ func (s *sequencer) replayed(seq uint64, p proof) (d decision) {
 	s.verified = true
 	a.progress = true
 	s.stalls = 0
-	d.verdict = deliver
+	d.verdict, d.useful = deliver, true
+	// Where the replay has met what is held, the rest is held, and the bytes of the one they share tell that both are of
+	// one engine.
+	d.enough = a.purpose == askFill && s.hasHeld && seq >= s.heldFirst
+	return d
+}
+
+// resync ends the time without replays, since the endpoint answers again: what was in doubt is fetched anew.
+func (s *sequencer) resync() (d decision) {
+	s.givenUp = false
+	s.failures, s.stalls = 0, 0
+	if s.bound == BoundExact || s.keep {
+		return d
+	}
+	if s.started {
+		d.reset = ReasonResync
+		s.forget(d.reset)
+	}
+	s.state = StateRecovering
+	s.request(&d)
 	return d
 }
 
@@ -327,16 +472,31 @@ func (s *sequencer) replayed(seq uint64, p proof) (d decision) {
 func (s *sequencer) replaced() (d decision) {
 	d.reset = ReasonRestart
 	s.forget(d.reset)
-	s.state = StateRecovering
+	s.state, s.givenUp = StateRecovering, false
 	s.request(&d)
 	return d
 }
 
-// replayEnded tells that no more is coming: by the end marker, or by silence, or after messages were dropped from the
-// hold meanwhile. If the decision is not to replay again, the caller passes the held messages to held, then calls
-// settle.
-func (s *sequencer) replayEnded(marker, holdDropped bool) (d decision) {
-	a := s.ask
+// replayEnd says how a replay with a valid answer ended.
+type replayEnd uint8
+
+const (
+	endUnwanted replayEnd = iota // another replay is wanted instead
+	endMarked                    // by the end marker
+	endSilent                    // after some messages nothing more came
+	endEnough                    // by a decision that said so
+)
+
+// replayEnded tells that no more is coming. If the decision is not to replay again, the caller passes the held messages
+// to held, then calls settle.
+func (s *sequencer) replayEnded(end replayEnd) (d decision) {
+	a, dropped := s.ask, s.dropped
+	s.dropped = false
+	marker := end == endMarked
+	if end == endEnough {
+		s.failures = 0
+		return d
+	}
 	switch {
 	case a.count == 0 && !marker:
 		return s.replayFailed()
@@ -349,6 +509,10 @@ func (s *sequencer) replayEnded(marker, holdDropped bool) (d decision) {
 		// Not even the number asked for: the process that sent it is gone.
 		s.failures = 0
 		return s.replaced()
+	case a.purpose == askRetry:
+		return s.resync()
+	case a.purpose == askOrigin:
+		return d
 	case a.count == 0 && s.want == 0 && !s.hasNewest:
 		// Nothing was ever published: the empty history is whole.
 		s.bound, s.reason = BoundExact, ""
@@ -358,9 +522,12 @@ func (s *sequencer) replayEnded(marker, holdDropped bool) (d decision) {
 	s.failures = 0
 	// An answer can lose its end, with the marker or before it, and a hold can overflow. Whoever asks again from the last
 	// delivered number and gets nothing newer has seen the end.
-	if a.progress || holdDropped {
+	if a.progress || dropped {
 		s.request(&d)
 		return d
+	}
+	if marker && s.baseProof == baseReplayed {
+		s.baseLast, s.baseProof = s.last, baseComplete
 	}
 	s.verified = true
 	return d
@@ -368,7 +535,7 @@ func (s *sequencer) replayEnded(marker, holdDropped bool) (d decision) {
 
 // replayFailed tells that the replay gave no valid answer. The decision is to ask again, or to go on without.
 func (s *sequencer) replayFailed() (d decision) {
-	if s.ask.check {
+	if s.ask.purpose != askFill {
 		return d
 	}
 	if s.ask.progress {
@@ -392,10 +559,13 @@ func (s *sequencer) replayFailed() (d decision) {
 // settle tells that the held messages were all placed. From now on live messages are handed on as they come, unless one
 // that was seen is neither here nor was it held, for want of room: then another replay has to bring it.
 func (s *sequencer) settle() (d decision) {
+	s.hasHeld = false
 	if s.hasNewest && s.newest >= s.want && (!s.started || s.newest > s.last) {
 		switch {
-		case s.givenUp || !s.replayable:
-			s.lower(BoundUnknown, ReasonGap)
+		case s.givenUp || !s.replayable || s.keep && s.stalls >= maxReplayStalls:
+			if s.started { // else nothing is claimed
+				s.lower(BoundUnknown, ReasonGap)
+			}
 		case s.stalls < maxReplayStalls:
 			s.stalls++
 			s.request(&d)
@@ -420,6 +590,10 @@ func (s *sequencer) cleared() { s.bound, s.reason = BoundExact, "" }
 // unreadable tells that something in the stream could not be read. If it may have removed blocks, everything claimed so
 // far is in doubt and forgotten; the numbers go on.
 func (s *sequencer) unreadable(mayRemove bool) (d decision) {
+	if mayRemove && s.keep {
+		s.lower(BoundUnknown, ReasonUnreadable)
+		return d
+	}
 	if mayRemove {
 		d.reset = ReasonUnreadable
 		s.bound, s.reason = BoundAtLeast, ReasonUnreadable
@@ -432,7 +606,7 @@ func (s *sequencer) unreadable(mayRemove bool) (d decision) {
 // request makes the decision ask for a replay: from the last delivered number, whose bytes prove the life, else from
 // the first one wanted.
 func (s *sequencer) request(d *decision) {
-	s.holding = true
+	s.holding, s.dropped = true, false
 	s.ask = ask{from: s.want}
 	if s.started {
 		s.ask = ask{from: s.last, verify: true}
@@ -443,6 +617,7 @@ func (s *sequencer) request(d *decision) {
 // forget ends a life. Nothing is claimed any more, so nothing claimed is gone.
 func (s *sequencer) forget(reason Reason) {
 	s.started, s.missedTo = false, 0
+	s.baseProof = baseHeard
 	s.bound, s.reason = BoundAtLeast, reason
 	if reason != ReasonStart {
 		s.want = 0 // it meant a number of the life that ended
@@ -451,10 +626,11 @@ func (s *sequencer) forget(reason Reason) {
 
 // first judges the first number of a life.
 func (s *sequencer) first(seq uint64) {
+	s.base, s.baseProof = seq, baseHeard
 	switch {
 	case seq == 0:
 		s.bound, s.reason = BoundExact, ""
-	case s.reason == ReasonStart:
+	case s.reason == ReasonStart || s.reason == "": // nothing was known, or that there was nothing yet
 		s.bound, s.reason = BoundAtLeast, ReasonLateStart
 	default:
 		s.bound, s.reason = BoundAtLeast, ReasonHistoryLost

@@ -19,7 +19,9 @@ type rig struct {
 	life      uint64
 	published []batchID
 	kept      []batchID
+	room      int // how many it has room for, 0 for any number
 	next      uint64
+	first     uint64 // of every life
 	burned    map[batchID]bool
 
 	// The network.
@@ -32,6 +34,7 @@ type rig struct {
 	// The client.
 	held      []batchID
 	asked     bool
+	askedFor  batchID   // the batch that the answer has to begin with
 	delivered []batchID // since the last reset
 	last      batchID   // delivered last, resets or not
 	replayed  map[uint64]batchID
@@ -48,6 +51,29 @@ type answer struct {
 
 func newRig(t testing.TB, replayable bool) *rig {
 	return &rig{t: t, seq: sequencer{replayable: replayable, bound: BoundAtLeast}, burned: map[batchID]bool{}}
+}
+
+// mode is a set of conditions under which a script runs.
+type mode uint8
+
+const (
+	withReplay mode = 1 << iota
+	withKeep
+	fromOne // the engine's numbers begin with 1
+	wanting // the caller wants numbers from 3 on
+	modes
+)
+
+func (m mode) rig(t testing.TB) *rig {
+	r := newRig(t, m&withReplay != 0)
+	r.seq.keep = m&withKeep != 0
+	if m&fromOne != 0 {
+		r.first, r.next = 1, 1
+	}
+	if m&wanting != 0 {
+		r.seq.want = 3
+	}
+	return r
 }
 
 func (r *rig) note(format string, args ...any) {
@@ -69,7 +95,9 @@ func (r *rig) publish(reaches bool) {
 	r.next++
 	r.note("publish %v, arrives: %v", b, reaches)
 	r.published = append(r.published, b)
-	r.kept = append(r.kept, b)
+	if r.kept = append(r.kept, b); r.room > 0 && len(r.kept) > r.room {
+		r.kept = r.kept[1:]
+	}
 	if r.connected && reaches {
 		r.wire = append(r.wire, b)
 	}
@@ -85,23 +113,30 @@ func (r *rig) restart() {
 	r.note("restart")
 	r.disconnect()
 	r.life++
-	r.published, r.kept, r.next = nil, nil, 0
+	r.published, r.kept, r.room, r.next = nil, nil, 0, r.first
 }
 
-// trim makes the replay buffer forget its oldest batches; it always has the newest.
+// trim makes the replay buffer forget its oldest batches, and from then on one with every new batch; it always has the
+// newest.
 func (r *rig) trim(n int) {
-	n = min(n, max(len(r.kept)-1, 0))
+	if n = min(n, len(r.kept)-1); n <= 0 {
+		return
+	}
 	r.note("trim %d", n)
 	r.kept = r.kept[n:]
+	r.room = len(r.kept)
 }
 
 // The client's side.
 
 // proof knows, as the client does, the last delivered message and those that came by replay on this connection.
-func (r *rig) proof(b batchID) proof {
+func (r *rig) proof(b batchID, replayed bool) proof {
 	was, known := r.replayed[b.seq]
-	if b.seq == r.last.seq {
+	switch {
+	case b.seq == r.last.seq:
 		was, known = r.last, true
+	case replayed && r.seq.ask.verify && b.seq == r.seq.ask.from:
+		was, known = r.askedFor, true
 	}
 	switch {
 	case !known:
@@ -130,6 +165,22 @@ func (r *rig) disconnect() {
 	r.seq.disconnect()
 }
 
+// cut is the caller's own reset, which ends the connection.
+func (r *rig) cut() {
+	r.note("cut")
+	r.obey(r.seq.cut(ReasonCaller), batchID{}, false)
+	r.disconnect()
+}
+
+// overflow drops what is held, for want of room.
+func (r *rig) overflow() {
+	if len(r.held) > 0 && r.asked {
+		r.note("overflow")
+		r.held = nil
+		r.seq.overflowed()
+	}
+}
+
 func (r *rig) readLive() bool {
 	if len(r.wire) == 0 {
 		return false
@@ -137,7 +188,7 @@ func (r *rig) readLive() bool {
 	b := r.wire[0]
 	r.wire = r.wire[1:]
 	r.note("read %v", b)
-	r.obey(r.seq.live(b.seq, r.proof(b)), b, false)
+	r.obey(r.seq.live(b.seq, r.proof(b, false)), b, false)
 	return true
 }
 
@@ -172,12 +223,22 @@ func (r *rig) readReplay() bool {
 		marker := r.answer.marker
 		r.answer = nil
 		r.note("replay ends, marker: %v", marker)
-		r.over(r.seq.replayEnded(marker, false))
+		end := endSilent
+		if marker {
+			end = endMarked
+		}
+		r.over(r.seq.replayEnded(end))
 		return true
 	}
 	b := r.answer.messages[0]
 	r.answer.messages = r.answer.messages[1:]
-	r.obey(r.seq.replayed(b.seq, r.proof(b)), b, false)
+	d := r.seq.replayed(b.seq, r.proof(b, true))
+	r.obey(d, b, false)
+	if !d.replay && d.enough {
+		r.answer = nil
+		r.note("replay told enough")
+		r.over(r.seq.replayEnded(endEnough))
+	}
 	return true
 }
 
@@ -190,7 +251,7 @@ func (r *rig) over(d decision) {
 	}
 	for len(r.held) > 0 {
 		b := r.held[0]
-		d := r.seq.held(b.seq, r.proof(b))
+		d := r.seq.held(b.seq, r.proof(b, false))
 		r.obey(d, b, true)
 		if d.replay {
 			return
@@ -225,6 +286,7 @@ func (r *rig) obey(d decision, b batchID, held bool) {
 	}
 	if d.replay {
 		r.asked, r.answer = true, nil
+		r.askedFor = r.last
 	}
 }
 
@@ -249,14 +311,18 @@ func (r *rig) deliver(b batchID) {
 	r.delivered = append(r.delivered, b)
 }
 
-// quiet heals the network, lets the engine publish once more and drains everything.
+// quiet heals the network and drains everything. Without replays the engine publishes once more.
 func (r *rig) quiet() {
 	r.lossy, r.failing = false, 0
 	r.connect()
 	r.drain()
-	if r.seq.replayable && !r.seq.givenUp {
-		r.check() // what was lost on its way is found, though the engine says nothing more
-		r.drain()
+	if r.seq.replayable {
+		// What was lost on its way is found, though the engine says nothing more. The first question may be another one:
+		// whether replays work again, or what the first number was.
+		for range 3 {
+			r.check()
+			r.drain()
+		}
 		return
 	}
 	r.publish(true) // without it nothing shows that the newest batch was lost
@@ -291,12 +357,23 @@ func (r *rig) verify() {
 		if n := len(r.published) - len(r.delivered); n < 0 || !slices.Equal(r.delivered, r.published[n:]) {
 			r.fatalf("at_least, and delivered\n%v is no end of\n%v", r.delivered, r.published)
 		}
+	case BoundUnknown:
+		// What came before may be missing, never what came last.
+		if n := len(r.published); n > 0 && (len(r.delivered) == 0 || r.delivered[len(r.delivered)-1] != r.published[n-1]) {
+			r.fatalf("unknown, and delivered\n%v, whose last is not that of\n%v", r.delivered, r.published)
+		}
+		if r.seq.replayable && !r.seq.keep {
+			r.fatalf("unknown, though replays are answered")
+		}
+	}
+	if len(r.held) > 0 || r.seq.givenUp || r.seq.holding {
+		r.fatalf("at rest with %d messages held, given up: %v, holding: %v", len(r.held), r.seq.givenUp, r.seq.holding)
 	}
 }
 
 // play runs a script, one operation a byte, and checks where it ends.
-func play(t testing.TB, script []byte, replayable bool) *rig {
-	r := newRig(t, replayable)
+func play(t testing.TB, script []byte, m mode) *rig {
+	r := m.rig(t)
 	for _, op := range script {
 		switch arg := int(op >> 4); op % 16 {
 		case 0, 1, 2:
@@ -304,7 +381,14 @@ func play(t testing.TB, script []byte, replayable bool) *rig {
 		case 3:
 			r.publish(false)
 		case 4:
-			r.burn()
+			switch {
+			case arg < 11:
+				r.burn()
+			case arg < 13:
+				r.cut()
+			default:
+				r.overflow()
+			}
 		case 5, 6, 7:
 			r.readLive()
 		case 8, 9, 10:
@@ -337,30 +421,27 @@ func play(t testing.TB, script []byte, replayable bool) *rig {
 
 func TestSequencerAgreesWithANaiveEngine(t *testing.T) {
 	t.Parallel()
-	for _, replayable := range []bool{true, false} {
-		for seed := range uint64(3000) {
+	for m := range modes {
+		for seed := range uint64(700) {
 			rnd := rand.New(rand.NewPCG(seed, 1))
 			script := make([]byte, 5+rnd.IntN(120))
 			for i := range script {
 				script[i] = byte(rnd.Uint32())
 			}
-			r := play(t, script, replayable)
-			r.verify()
-			if replayable && r.seq.bound == BoundUnknown && !r.seq.givenUp {
-				r.fatalf("seed %d: unknown, though replays were answered", seed)
-			}
+			play(t, script, m).verify()
 		}
 	}
 }
 
 func FuzzSequencer(f *testing.F) {
-	f.Add([]byte{12, 0, 5, 8, 8, 3, 0, 5, 8, 8, 8}, true)
-	f.Add([]byte{12, 0, 0, 5, 13, 12, 0, 5}, false)
-	f.Fuzz(func(t *testing.T, script []byte, replayable bool) {
+	f.Add([]byte{12, 0, 5, 8, 8, 3, 0, 5, 8, 8, 8}, uint8(withReplay))
+	f.Add([]byte{12, 0, 0, 5, 13, 12, 0, 5}, uint8(0))
+	f.Add([]byte{12, 0, 5, 8, 8, 0xf4, 0, 5, 0xc4, 8}, uint8(withReplay|withKeep|fromOne))
+	f.Fuzz(func(t *testing.T, script []byte, m uint8) {
 		if len(script) > 400 {
 			return
 		}
-		play(t, script, replayable).verify()
+		play(t, script, mode(m)%modes).verify()
 	})
 }
 
@@ -374,6 +455,7 @@ func TestSequencer(t *testing.T) {
 		resets     []Reason
 		bound      Bound
 		reason     Reason
+		givenUp    bool
 	}{
 		{
 			name: "what was published before the start comes first, and nothing twice", replayable: true,
@@ -485,6 +567,7 @@ func TestSequencer(t *testing.T) {
 				r.drain()
 			},
 			delivered: []uint64{0, 2}, resets: []Reason{ReasonStart}, bound: BoundUnknown, reason: ReasonReconnect,
+			givenUp: true,
 		},
 		{
 			name: "without a replay endpoint the first number tells what was seen",
@@ -497,7 +580,7 @@ func TestSequencer(t *testing.T) {
 			delivered: []uint64{0, 1}, resets: []Reason{ReasonStart}, bound: BoundExact,
 		},
 		{
-			name: "without a replay endpoint a gap makes the bound unknown",
+			name: "without a replay endpoint a gap is history lost",
 			run: func(r *rig) {
 				r.connect()
 				r.publish(true)
@@ -505,7 +588,171 @@ func TestSequencer(t *testing.T) {
 				r.publish(true)
 				r.drain()
 			},
-			delivered: []uint64{0, 2}, resets: []Reason{ReasonStart}, bound: BoundUnknown, reason: ReasonGap,
+			delivered: []uint64{2}, resets: []Reason{ReasonStart, ReasonHistoryLost},
+			bound: BoundAtLeast, reason: ReasonHistoryLost,
+		},
+		{
+			name: "by policy a gap without a replay endpoint makes the bound unknown instead",
+			run: func(r *rig) {
+				r.seq.keep = true
+				r.connect()
+				r.publish(true)
+				r.publish(false)
+				r.publish(true)
+				r.drain()
+			},
+			delivered: []uint64{0, 2}, resets: []Reason{ReasonStart}, bound: BoundUnknown, reason: ReasonHistoryLost,
+		},
+		{
+			name: "by policy history that the engine forgot makes the bound unknown, and it stays so", replayable: true,
+			run: func(r *rig) {
+				r.seq.keep = true
+				r.connect()
+				r.publish(true)
+				r.drain()
+				r.publish(false)
+				r.publish(false)
+				r.trim(2)
+				r.publish(true)
+				r.drain()
+				r.disconnect()
+				r.connect()
+				r.drain()
+			},
+			delivered: []uint64{0, 3}, resets: []Reason{ReasonStart}, bound: BoundUnknown, reason: ReasonHistoryLost,
+		},
+		{
+			name: "by policy a restart is a reset all the same", replayable: true,
+			run: func(r *rig) {
+				r.seq.keep = true
+				r.connect()
+				r.publish(true)
+				r.drain()
+				r.restart()
+				r.publish(true)
+				r.connect()
+				r.drain()
+			},
+			delivered: []uint64{0}, resets: []Reason{ReasonStart, ReasonRestart}, bound: BoundExact,
+		},
+		{
+			name: "an engine that counts from 1 is known exactly once a replay still begins with 1", replayable: true,
+			run: func(r *rig) {
+				r.first, r.next = 1, 1
+				r.publish(true)
+				r.connect()
+				r.drain()
+				if r.check(); r.seq.bound != BoundAtLeast {
+					r.fatalf("a number 0 may have been there, and the bound is %v", r.seq.bound)
+				}
+				r.drain()
+				r.publish(true)
+				r.drain()
+				r.check()
+				r.drain()
+			},
+			delivered: []uint64{1, 2}, resets: []Reason{ReasonStart}, bound: BoundExact,
+		},
+		{
+			name: "a buffer that rolled over number 0 does not look like an engine that counts from 1", replayable: true,
+			run: func(r *rig) {
+				r.publish(true)
+				r.publish(true)
+				r.trim(1)
+				r.connect()
+				r.drain()
+				r.publish(true)
+				r.drain()
+				r.check()
+				r.drain()
+			},
+			delivered: []uint64{1, 2}, resets: []Reason{ReasonStart}, bound: BoundAtLeast, reason: ReasonLateStart,
+		},
+		{
+			name: "replays that work again bring what was in doubt", replayable: true,
+			run: func(r *rig) {
+				r.connect()
+				r.publish(true)
+				r.drain()
+				r.publish(false)
+				r.failing = 4
+				r.publish(true)
+				r.drain()
+				if r.seq.bound != BoundAtLeast || !r.seq.givenUp {
+					r.fatalf("bound %v, given up: %v", r.seq.bound, r.seq.givenUp)
+				}
+				r.check() // the fourth failure
+				r.drain()
+				r.check()
+				r.drain()
+			},
+			delivered: []uint64{0, 1, 2}, resets: []Reason{ReasonStart, ReasonHistoryLost, ReasonResync}, bound: BoundExact,
+		},
+		{
+			name: "a replay ends where it meets what is held", replayable: true,
+			run: func(r *rig) {
+				for range 3 {
+					r.publish(true)
+				}
+				r.connect()
+				r.publish(true)
+				r.readLive()
+				asked := 0
+				for r.asked {
+					if r.answer == nil {
+						asked++
+					}
+					r.readReplay()
+				}
+				if asked != 1 {
+					r.fatalf("%d replays, want 1", asked)
+				}
+			},
+			delivered: []uint64{0, 1, 2, 3}, resets: []Reason{ReasonStart}, bound: BoundExact,
+		},
+		{
+			name: "what the engine forgot is not missing if it came live meanwhile", replayable: true,
+			run: func(r *rig) {
+				r.connect()
+				r.publish(true)
+				r.drain()
+				r.check()
+				r.publish(true)
+				r.publish(true)
+				r.trim(2) // the buffer begins with 2, and what it has forgotten is on its way
+				r.readReplay()
+				for r.readLive() {
+				}
+				r.drain()
+			},
+			delivered: []uint64{0, 1, 2}, resets: []Reason{ReasonStart}, bound: BoundExact,
+		},
+		{
+			name: "the caller's own reset starts afresh", replayable: true,
+			run: func(r *rig) {
+				r.connect()
+				r.publish(true)
+				r.drain()
+				r.cut()
+				r.publish(true)
+				r.connect()
+				r.drain()
+			},
+			delivered: []uint64{0, 1}, resets: []Reason{ReasonStart, ReasonCaller}, bound: BoundExact,
+		},
+		{
+			name: "held messages that found no room are replayed", replayable: true,
+			run: func(r *rig) {
+				r.publish(true)
+				r.connect()
+				r.readReplay()
+				r.publish(true)
+				r.publish(true)
+				r.readLive()
+				r.overflow()
+				r.drain()
+			},
+			delivered: []uint64{0, 1, 2}, resets: []Reason{ReasonStart}, bound: BoundExact,
 		},
 		{
 			name: "without a replay endpoint a fitting number after a reconnect proves nothing",
@@ -578,8 +825,8 @@ func TestSequencer(t *testing.T) {
 			if r.seq.bound != test.bound || r.seq.reason != test.reason {
 				r.fatalf("bound %v (%s), want %v (%s)", r.seq.bound, r.seq.reason, test.bound, test.reason)
 			}
-			if r.seq.state != StateLive {
-				r.fatalf("state %v, want live", r.seq.state)
+			if r.seq.state != StateLive || r.seq.givenUp != test.givenUp {
+				r.fatalf("state %v, given up: %v", r.seq.state, r.seq.givenUp)
 			}
 		})
 	}
@@ -614,6 +861,63 @@ func TestSequencerRefusesTheEndMarkersNumber(t *testing.T) {
 		if !d.invalid || d.verdict != drop {
 			t.Errorf("decision %+v, want an invalid message dropped", d)
 		}
+	}
+}
+
+func TestSequencerRefusesAReplayThatRepeatsItself(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, true)
+	r.connect()
+	for seq := range uint64(2) {
+		if d := r.seq.replayed(seq, unproven); d.verdict != deliver || !d.useful {
+			t.Fatalf("number %d: %+v", seq, d)
+		}
+		r.seq.delivered(seq)
+	}
+	for _, seq := range []uint64{0, 1} {
+		if d := r.seq.replayed(seq, same); !d.invalid || d.verdict != drop || d.useful {
+			t.Errorf("number %d again: %+v, want it refused", seq, d)
+		}
+	}
+}
+
+func TestSequencerAtTheLargestNumbers(t *testing.T) {
+	t.Parallel()
+	const last = endMarker - 1 // the largest that a batch can have
+	r := newRig(t, true)
+	r.next = last - 3
+	r.published = nil
+	r.publish(true)
+	r.connect()
+	r.drain()
+	r.publish(true)
+	r.publish(false)
+	r.publish(true)
+	r.drain()
+	if r.seq.last != last || len(r.delivered) != 4 || r.seq.bound != BoundAtLeast {
+		r.fatalf("last %d, delivered %v, bound %v", r.seq.last, r.delivered, r.seq.bound)
+	}
+	r.check()
+	r.drain()
+	if d := r.seq.live(endMarker, unproven); !d.invalid || r.seq.last != last {
+		r.fatalf("the end marker's number: %+v", d)
+	}
+
+	// A jump over all numbers is a hole that nothing fills; the numbers that follow show that it was nonsense.
+	r = newRig(t, true)
+	r.connect()
+	r.publish(true)
+	r.drain()
+	r.wire = append(r.wire, batchID{9, last})
+	r.drain()
+	if want := []Reason{ReasonStart, ReasonHistoryLost}; !slices.Equal(r.resets, want) || r.seq.last != last {
+		r.fatalf("resets %v, last %d", r.resets, r.seq.last)
+	}
+	r.publish(true)
+	r.drain()
+	r.verify()
+	if r.seq.bound != BoundExact || r.seq.last != 1 {
+		r.fatalf("bound %v, last %d", r.seq.bound, r.seq.last)
 	}
 }
 

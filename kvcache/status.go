@@ -72,7 +72,32 @@ const (
 	ReasonUnreadable  Reason = "unreadable"   // something was sent that could not be read
 	ReasonGap         Reason = "gap"          // batches are missing and nothing can replay them
 	ReasonReconnect   Reason = "reconnect"    // a lost connection that no replay made good
+	ReasonCaller      Reason = "caller"       // the caller asked for it, by ZMQClient.Reset
+	ReasonResync      Reason = "resync"       // what was in doubt is fetched anew, now that it can be
 )
+
+// Policy says what becomes of an engine's state when history is lost on an unbroken connection: batches are missing
+// that the engine no longer has, or one cannot be read that may have removed blocks.
+type Policy uint8
+
+// The policies.
+const (
+	// PolicyClear forgets the engine's state and builds it anew: nothing claimed is gone.
+	PolicyClear Policy = iota
+	// PolicyKeep keeps the state, with a bound of BoundUnknown until the engine clears its cache or restarts.
+	PolicyKeep
+)
+
+// String returns the policy in lower case.
+func (p Policy) String() string {
+	switch p {
+	case PolicyClear:
+		return "clear"
+	case PolicyKeep:
+		return "keep"
+	}
+	return "invalid"
+}
 
 // Status is a client's condition at one moment.
 type Status struct {

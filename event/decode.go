@@ -37,7 +37,12 @@ func (e *DecodeError) Unwrap() error { return e.Err }
 const (
 	// maxSkipped bounds the events of one batch that may go unread: a byte of payload is enough to make one, and each
 	// costs a Skip. No engine has so many events of a new type in one step.
-	maxSkipped = 1 << 16
+	maxSkipped = 1 << 14
+
+	// maxExpansion bounds the memory of a batch in bytes for each byte of its payload, beside minExpansion. Batches of
+	// engines take 3, and the shortest removals of one block each, in arrays, 15.
+	maxExpansion = 20
+	minExpansion = 64 << 10
 
 	// minEvent is the size in bytes of the shortest event that is understood: an array of "BlockRemoved" and an empty
 	// list.
@@ -219,6 +224,8 @@ type arena struct {
 	text   []byte
 	blocks []BlockKeys
 	keys   []Key
+	// left is how many bytes the batch being read may still take.
+	left int
 }
 
 // marks is how far each slab of an arena is filled.
@@ -235,20 +242,32 @@ func (a *arena) rewind(m marks) {
 	a.blocks, a.keys = a.blocks[:m.blocks], a.keys[:m.keys]
 }
 
-// room returns the slab with space for n more, itself or a larger one. Its result is never nil, so that no empty slice
-// of it is. The caller has checked that n elements can be in the payload.
-func room[T any](slab []T, n int) []T {
+// room returns the slab with space for n more elements of a size, itself or a larger one, unless that would take more
+// than left. Its result is never nil, so that no empty slice of it is. The caller has checked that n elements can be in
+// the payload.
+func room[T any](left *int, slab []T, n, size int) (larger []T, ok bool) {
 	if slab != nil && cap(slab)-len(slab) >= n {
-		return slab
+		return slab, true
 	}
-	return make([]T, 0, max(n, 2*cap(slab), 16))
+	m := max(n, 2*cap(slab), 16)
+	if m*size > *left {
+		m = n
+	}
+	if m*size > *left {
+		return slab, false
+	}
+	*left -= m * size
+	return make([]T, 0, m), true
 }
 
 // tail returns what was added to the slab since it was from elements long; a later append to it does not write there.
 func tail[T any](slab []T, from int) []T { return slab[from:len(slab):len(slab)] }
 
 func (b *Batch) text(s []byte) []byte {
-	slab := room(b.arena.text, len(s))
+	slab, ok := room(&b.arena.left, b.arena.text, len(s), 1)
+	if !ok {
+		slab = make([]byte, 0, len(s)) // all texts together are no longer than the payload
+	}
 	b.arena.text = append(slab, s...)
 	return tail(b.arena.text, len(slab))
 }
@@ -266,14 +285,15 @@ func (b *Batch) text(s []byte) []byte {
 // cannot be understood is listed in b.Skipped, and the rest of the batch is good.
 //
 // The error is a *DecodeError that matches ErrMalformed if the payload is not exactly one MessagePack value, and
-// ErrNotBatch if it is one but not a batch, or one with more than 65,536 events that cannot be understood. Then b is
-// empty.
+// ErrNotBatch if it is one but not a batch, or one with more than 16,384 events that cannot be understood, or whose
+// events are too many for its length. Then b is empty.
 //
 // Lengths in the payload are never trusted. Memory is proportional to the payload: about 3 bytes for each byte of an
-// engine's, and at most 120 for each byte of the worst, a mass of extra keys of one byte. What is beyond 1 MiB is not
-// kept for the next Decode.
+// engine's. An event that would make it more than 20 for each byte (and 64 KiB), such as a mass of extra keys of one
+// byte, counts as one that cannot be understood. What is beyond 1 MiB is not kept for the next Decode.
 func (b *Batch) Decode(payload []byte) error {
 	b.reset()
+	b.arena.left = maxExpansion*len(payload) + minExpansion
 	var rest []byte
 	var reason string
 	switch msgp.NextType(payload) {
@@ -466,7 +486,7 @@ func (b *Batch) events(p []byte) (rest []byte, reason string) {
 	for i := range int(n) {
 		at, ok := b.event(rest, i)
 		if !ok {
-			return rest, "events: too many that are not understood"
+			return rest, "events: too many for their length, or too many that are not understood"
 		}
 		rest = at
 	}
@@ -483,9 +503,12 @@ func (b *Batch) bare(p []byte) (rest []byte, reason string) {
 	return rest, ""
 }
 
-// reserve makes room for n events. The one that is being read needs a place even if it is skipped in the end.
+// reserve makes room for n events, or for as many as may be. The one that is being read needs a place even if it is
+// skipped in the end.
 func (b *Batch) reserve(n int) {
 	if cap(b.Events) < n {
+		n = min(n, b.arena.left/sizeEvent)
+		b.arena.left -= n * sizeEvent
 		b.Events = make([]Event, 0, n)
 	}
 }
@@ -494,6 +517,9 @@ func (b *Batch) reserve(n int) {
 // if p is not MessagePack or too much was skipped.
 func (b *Batch) event(p []byte, index int) (rest []byte, ok bool) {
 	n, unknown, m := len(b.Events), b.UnknownFields, b.arena.mark()
+	if n == cap(b.Events) {
+		return nil, false
+	}
 	b.Events = b.Events[:n+1]
 	e := &b.Events[n]
 	*e = Event{}

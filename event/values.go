@@ -141,7 +141,9 @@ func (b *Batch) hashes(p []byte) (v []Hash, rest []byte, ok bool) {
 	if !ok {
 		return nil, nil, false
 	}
-	b.arena.hashes = room(b.arena.hashes, n)
+	if b.arena.hashes, ok = room(&b.arena.left, b.arena.hashes, n, sizeHash); !ok {
+		return nil, nil, false
+	}
 	from := len(b.arena.hashes)
 	v = b.arena.hashes[from : from+n : from+n]
 	for i := range v {
@@ -172,7 +174,9 @@ func (b *Batch) tokens(p []byte) (v []uint32, stride int, rest []byte, ok bool) 
 	if n > 0 && msgp.NextType(rest) == msgp.ArrayType {
 		stride = 2
 	}
-	b.arena.tokens = room(b.arena.tokens, stride*n)
+	if b.arena.tokens, ok = room(&b.arena.left, b.arena.tokens, stride*n, sizeToken); !ok {
+		return nil, 0, nil, false
+	}
 	from := len(b.arena.tokens)
 	v = b.arena.tokens[from : from+stride*n : from+stride*n]
 	if stride == 1 {
@@ -251,7 +255,10 @@ func (b *Batch) extraKeys(p []byte) (v []BlockKeys, rest []byte, ok bool) {
 	if !ok {
 		return nil, nil, false
 	}
-	slab := room(b.arena.blocks, n)
+	slab, ok := room(&b.arena.left, b.arena.blocks, n, sizeBlockKeys)
+	if !ok {
+		return nil, nil, false
+	}
 	from := len(slab)
 	for range n {
 		var keys BlockKeys
@@ -272,7 +279,10 @@ func (b *Batch) blockKeys(p []byte) (v BlockKeys, rest []byte, ok bool) {
 	if !ok {
 		return nil, nil, false
 	}
-	slab := room(b.arena.keys, n)
+	slab, ok := room(&b.arena.left, b.arena.keys, n, sizeKey)
+	if !ok {
+		return nil, nil, false
+	}
 	from := len(slab)
 	for range n {
 		var k Key

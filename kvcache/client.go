@@ -323,6 +323,21 @@ func (c *ZMQClient) options() *zmtp.Options {
 	}
 }
 
+// subscriber returns the options of a connection that events come by.
+func (c *ZMQClient) subscriber() *zmtp.Options {
+	o := c.options()
+	o.Away = func(time.Duration) {
+		// While a handler kept the socket from being read, the engine may have dropped its newest messages.
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.paused = true
+		if c.nudge != nil {
+			c.wake()
+		}
+	}
+	return o
+}
+
 // runDialling connects to the engine, follows it, and connects again, until ctx ends.
 func (c *ZMQClient) runDialling(ctx context.Context) {
 	pace := newBackoff(orDefault(c.config.ReconnectDelay, DefaultReconnectInterval))
@@ -330,7 +345,7 @@ func (c *ZMQClient) runDialling(ctx context.Context) {
 		if attempt > 0 {
 			c.metrics.IncrementReconnectAttempts()
 		}
-		conn, err := zmtp.Dial(ctx, c.pub, zmtp.SUB, c.options())
+		conn, err := zmtp.Dial(ctx, c.pub, zmtp.SUB, c.subscriber())
 		kind := errorOfAttempt(attempt)
 		if err == nil {
 			kind = errorConnection
@@ -392,7 +407,7 @@ func (c *ZMQClient) runListening(ctx context.Context, l net.Listener) {
 		return true
 	}
 	serve := func(nc net.Conn) {
-		conn, err := zmtp.NewConn(ctx, nc, zmtp.SUB, c.options())
+		conn, err := zmtp.NewConn(ctx, nc, zmtp.SUB, c.subscriber())
 		if err != nil {
 			// Ports are probed and scanned; that says nothing of the engine.
 			c.metrics.IncrementErrorCount(errorConnection)

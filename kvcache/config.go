@@ -89,9 +89,10 @@ type ZMQClientConfig struct {
 	// PingInterval sends none, and leaves it to TCP keepalive to find a vanished host.
 	PingInterval, PingTimeout time.Duration
 
-	// MaxMemory bounds the memory of this client in bytes: a quarter for live messages that are held during a replay
+	// MaxMemory bounds the memory of this client in bytes: an eighth for live messages that are held during a replay
 	// (beyond it they are dropped, and fetched by another replay), the rest for the message in hand, as bytes and
-	// decoded. Zero means 64 MiB.
+	// decoded. A client uses so much only if its engine sends what no engine does; an idle one takes 200 KiB. Zero means
+	// 64 MiB.
 	MaxMemory int
 	// MaxMessage limits one message in bytes. A longer one is read past, and counts as a batch that cannot be read.
 	// Zero means a 32nd of MaxMemory, which is also the most: 2 MiB, 400,000 tokens in one step of the engine.
@@ -136,11 +137,11 @@ func DefaultZMQClientConfig(podKey, podIP, modelName string) *ZMQClientConfig {
 	}
 }
 
-// Shares of MaxMemory. A decoded message takes up to 18 times its bytes (event.Decode says how), and there are two read
+// Shares of MaxMemory. A decoded message takes up to 20 times its bytes (event.Decode says how), and there are two read
 // buffers and the last payload.
 const (
 	messageShare = 32
-	holdShare    = 4
+	holdShare    = 8
 	minMemory    = 1 << 20
 )
 

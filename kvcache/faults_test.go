@@ -732,3 +732,34 @@ func TestStatsCountWhatHappened(t *testing.T) {
 		}
 	})
 }
+
+func TestASlowHandlerHasTheTailLookedAtSoonAfterwards(t *testing.T) {
+	t.Parallel()
+	inBubble(t, func(t *testing.T, n *network) {
+		e := n.engine(func(c *enginesim.Config) { c.NoReplay = true })
+		p := n.replayer()
+		j := journal{onBatch: func(_ *event.Batch, info kvcache.BatchInfo) error {
+			if info.Sequence == 1 && !info.Replayed {
+				time.Sleep(10 * time.Second)
+			}
+			return nil
+		}}
+		n.client(n.config(), &j)
+		synctest.Wait()
+		p.sent.Store(1)
+		publish(t, e, 0)
+		time.Sleep(5 * time.Second) // the first look at the tail is over
+		asks := p.asks.Load()
+		p.sent.Store(3) // the last of them is dropped while the handler is busy
+		publish(t, e, 1)
+		time.Sleep(12 * time.Second)
+		expect(t, &j, "connecting/at_least reset:start syncing/at_least live/exact 0 1 2r")
+		if got := p.asks.Load() - asks; got != 2 { // one that brings it, one that brings nothing new
+			t.Errorf("%d questions", got)
+		}
+		time.Sleep(10 * time.Second)
+		if got := p.asks.Load() - asks; got != 2 {
+			t.Errorf("%d questions", got)
+		}
+	})
+}

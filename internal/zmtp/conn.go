@@ -280,7 +280,12 @@ func (c *Conn) fill(need int) error {
 	if c.end == len(c.buf) || c.start > 0 && c.end > len(c.buf)/2 {
 		c.compact(need)
 	}
-	c.readSince.Store(c.now())
+	now := c.now()
+	if away := time.Duration(now - c.lastReceived.Load()); away > AwayAfter && c.o.Away != nil {
+		c.o.Away(away)
+		now = c.now()
+	}
+	c.readSince.Store(now)
 	var n int
 	var err error
 	for range 100 { // nothing and no error is allowed, as from TLS, but not for ever

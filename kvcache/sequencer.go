@@ -33,6 +33,8 @@ type sequencer struct {
 	// begins with 1 after more than baseLast was published, for a buffer that rolls would have moved on.
 	base, baseLast uint64
 	baseProof      baseProof
+	// owed says that the life was begun while replays were given up: the engine may still have what came before.
+	owed bool
 
 	// opened says that the first connection was made and the handler told to start afresh.
 	opened bool
@@ -159,8 +161,8 @@ func (s *sequencer) connect() (d decision) {
 		if s.wasLive {
 			s.state = StateRecovering
 		}
-		if s.started && s.bound == BoundUnknown && !s.keep {
-			// Going on from the last delivered batch would leave the bound unknown for ever; a fresh history does not.
+		if s.started && !s.keep && (s.bound == BoundUnknown || s.bound == BoundAtLeast && s.owed) {
+			// Going on from the last delivered batch would leave the bound as it is for ever; a fresh history does not.
 			d.reset = ReasonResync
 			s.forget(d.reset)
 		}
@@ -617,7 +619,7 @@ func (s *sequencer) request(d *decision) {
 // forget ends a life. Nothing is claimed any more, so nothing claimed is gone.
 func (s *sequencer) forget(reason Reason) {
 	s.started, s.missedTo = false, 0
-	s.baseProof = baseHeard
+	s.baseProof, s.owed = baseHeard, false
 	s.bound, s.reason = BoundAtLeast, reason
 	if reason != ReasonStart {
 		s.want = 0 // it meant a number of the life that ended
@@ -626,7 +628,7 @@ func (s *sequencer) forget(reason Reason) {
 
 // first judges the first number of a life.
 func (s *sequencer) first(seq uint64) {
-	s.base, s.baseProof = seq, baseHeard
+	s.base, s.baseProof, s.owed = seq, baseHeard, s.givenUp
 	switch {
 	case seq == 0:
 		s.bound, s.reason = BoundExact, ""

@@ -71,11 +71,11 @@ type Options struct {
 	// unless SkipTooLarge is set. Memory grows only as bytes arrive, whatever length a frame claims. Zero or less means
 	// 64 MiB.
 	MaxMessage int
-	// SkipTooLarge keeps the connection of a SUB or DEALER when a message does not fit: a frame of more than MaxMessage, or
-	// one that would make the message exceed that by more than 4 KiB, is read and dropped as it arrives, whatever length
-	// it claims, and Recv returns an empty frame in its place; see Conn.Omitted. Commands, and MaxFrames, still end the
-	// connection, and so does a message that is too large under a mechanism that seals frames: none can be judged before
-	// it is held whole.
+	// SkipTooLarge keeps the connection of a SUB or DEALER when a message does not fit: a frame of more than MaxMessage,
+	// or one that would make the message exceed that by more than 4 KiB, is read and dropped as it arrives, whatever
+	// length it claims, and Recv returns an empty frame in its place; see Conn.Omitted. Commands, and MaxFrames, still end
+	// the connection, and so does a message that is too large under a mechanism that seals frames: none can be judged
+	// before it is held whole.
 	SkipTooLarge bool
 	// MaxFrames limits the frames of one message. Zero or less means 64.
 	MaxFrames int

@@ -57,9 +57,9 @@ type group struct {
 }
 
 // Fold is the state of one engine, or one rank of it, as its batches tell it: a multiset of blocks by place. Its rules
-// are those of docs/wire-formats.md (what the events mean), where a block counts as held before a store if it was held
-// before the batch or if an earlier event of the batch stored it. The zero Fold is empty and ready. It is not safe for
-// concurrent use.
+// are those of docs/wire-formats.md (what the events mean), where a block counts as held before a store if its upper
+// count is above 0 then: after the earlier events of the same batch, removals and clears included. The zero Fold is
+// empty and ready. It is not safe for concurrent use.
 //
 // A Fold grows with the blocks that the engine claims to hold. It tells 1,024 pairs of group and medium apart; see
 // Overflowed for what is beyond.
@@ -68,16 +68,19 @@ type Fold struct {
 	ids        map[slot]uint32
 	slots      []slot
 	stored     []uint64 // by slot, the number of the latest batch that stored there
+	removed    []uint64 // by slot, the number of the latest batch that removed there
+	cleared    uint64   // the number of the latest batch that cleared
 	batches    uint64
 	groups     map[int64]group // those that stores have named by group_idx in this life
 	unmatched  uint64
 	overflowed uint64
 
 	// Memory of one Apply.
-	events []folding
-	roots  []int32 // the events that name a prompt's blocks from its start
-	fresh  map[place]struct{}
-	medium []byte
+	events  []folding
+	roots   []int32         // the events that name a prompt's blocks from its start
+	fresh   map[place]int64 // upper counts within the batch, where they are not those before it
+	emptied bool            // the batch has cleared: what it has not stored since is not held
+	medium  []byte
 }
 
 // folding is what Apply works out about an event before it counts any.
@@ -85,6 +88,7 @@ type folding struct {
 	slot   uint32
 	placed bool // there is a slot
 	again  bool // an earlier event of the batch stores in the same slot
+	gone   bool // an earlier event of the batch removes in the same slot, or clears
 	held   bool // the engine may have held every block before the event; known for roots only
 	report bool // the event may be a report of blocks that were stored before
 }
@@ -95,7 +99,7 @@ func (f *Fold) Clear() {
 	clear(f.copies)
 	clear(f.ids)
 	clear(f.groups)
-	f.slots, f.stored = f.slots[:0], f.stored[:0]
+	f.slots, f.stored, f.removed = f.slots[:0], f.stored[:0], f.removed[:0]
 }
 
 // Len returns the number of places that hold a copy or may.
@@ -158,7 +162,7 @@ func compareOpt[T cmp.Ordered](a, b Opt[T]) int {
 func (f *Fold) Apply(b *Batch) {
 	if f.copies == nil {
 		f.copies, f.ids, f.groups = map[place]Copies{}, map[slot]uint32{}, map[int64]group{}
-		f.fresh = map[place]struct{}{}
+		f.fresh = map[place]int64{}
 	}
 	f.locate(b)
 	f.findReports(b)
@@ -219,11 +223,17 @@ func (f *Fold) locate(b *Batch) {
 	for i := range b.Events {
 		e := &b.Events[i]
 		var at folding
-		if e.Type != AllBlocksCleared {
+		if e.Type == AllBlocksCleared {
+			f.cleared = f.batches
+		} else {
 			at.slot, at.placed = f.slotOf(e)
+		}
+		if e.Type == BlockRemoved && at.placed {
+			f.removed[at.slot] = f.batches
 		}
 		if e.Type == BlockStored && at.placed {
 			at.again = f.stored[at.slot] == f.batches
+			at.gone = f.removed[at.slot] == f.batches || f.cleared == f.batches
 			f.stored[at.slot] = f.batches
 			if e.Group.OK {
 				g := f.groups[e.Group.V]
@@ -256,7 +266,7 @@ func (f *Fold) slotOf(e *Event) (id uint32, ok bool) {
 	s := slot{e.Group, Opt[string]{string(f.medium), named}}
 	id = uint32(len(f.slots))
 	f.ids[s] = id
-	f.slots, f.stored = append(f.slots, s), append(f.stored, 0)
+	f.slots, f.stored, f.removed = append(f.slots, s), append(f.stored, 0), append(f.removed, 0)
 	return id, true
 }
 
@@ -288,7 +298,7 @@ func (g *group) learn(e *Event) {
 // that a request reuses, in every group and in the form of a true store. Nothing in the event tells the two apart. What
 // can be told is that a report names, from its start, a prompt of which the engine holds every block.
 func (f *Fold) findReports(b *Batch) {
-	f.roots = f.roots[:0]
+	f.roots, f.emptied = f.roots[:0], false
 	clear(f.fresh)
 	counted := 0
 	for i := range b.Events {
@@ -297,8 +307,9 @@ func (f *Fold) findReports(b *Batch) {
 			continue
 		}
 		at.held = f.holds(e, at)
-		if !at.held && at.again {
-			// Requests of one step reuse each other's blocks, so those stored earlier in the batch may be reported too.
+		if at.held && at.gone || !at.held && at.again {
+			// Requests of one step reuse each other's blocks, so those stored earlier in the batch may be reported too. And
+			// a store behind a removal of the last copy, or a clear, is a true one.
 			f.refresh(b, counted, i)
 			counted = i
 			at.held = f.holds(e, at)
@@ -331,25 +342,45 @@ func (f *Fold) compareLists(b *Batch, i, j int32) int {
 		slices.Compare(b.Events[i].Hashes, b.Events[j].Hashes))
 }
 
-// refresh adds what events from up to but not including to have stored to f.fresh.
+// refresh brings f.fresh, and f.emptied, from event from to before event to. Whether a store is a report makes no
+// difference to the upper count.
 func (f *Fold) refresh(b *Batch, from, to int) {
 	for i := from; i < to; i++ {
-		if b.Events[i].Type == BlockStored && f.events[i].placed {
-			for _, h := range b.Events[i].Hashes {
-				f.fresh[place{h, f.events[i].slot}] = struct{}{}
+		e, at := &b.Events[i], &f.events[i]
+		if e.Type == AllBlocksCleared {
+			f.emptied = true
+			clear(f.fresh)
+		}
+		if !at.placed {
+			continue
+		}
+		for _, h := range e.Hashes {
+			p := place{h, at.slot}
+			switch n := f.upper(p); {
+			case e.Type == BlockStored:
+				f.fresh[p] = n + 1
+			case n > 0:
+				f.fresh[p] = n - 1
 			}
 		}
 	}
 }
 
+// upper returns the upper count of p within the batch, as far as refresh has come.
+func (f *Fold) upper(p place) int64 {
+	if n, ok := f.fresh[p]; ok {
+		return n
+	}
+	if f.emptied {
+		return 0
+	}
+	return f.copies[p].Upper
+}
+
 // holds reports whether every block of e may have been held in its group and medium before it came.
 func (f *Fold) holds(e *Event, at *folding) bool {
 	for _, h := range e.Hashes {
-		p := place{h, at.slot}
-		if _, ok := f.copies[p]; ok {
-			continue
-		}
-		if _, ok := f.fresh[p]; !ok {
+		if f.upper(place{h, at.slot}) == 0 {
 			return false
 		}
 	}
@@ -358,8 +389,8 @@ func (f *Fold) holds(e *Event, at *folding) bool {
 
 // markReports marks those stores of one list, sorted by group, that may be reports by an engine of several groups: each
 // group has stored the list in this batch, full attention holds every block of it, and so do the others, unless the
-// list is too long to be a true store of theirs. What a group holds is judged at its last store of the list, but what
-// the group of a store itself holds at that store: of two stores in one batch the first may be true.
+// list is too long to be a true store of theirs. A group holds the list if it did so at any of its stores of it, but the
+// group of a store itself is judged at that store: of two stores in one batch the first may be true.
 func (f *Fold) markReports(b *Batch, stores []int32) {
 	groups := 0
 	everywhere, long := true, true

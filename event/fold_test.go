@@ -127,22 +127,32 @@ func (n *naive) apply(b *event.Batch) {
 		}
 		n.groups[e.Group.V] = g
 	}
-	before := map[event.Place]bool{}
-	for p := range n.copies {
-		before[p] = true
+	// before[i] is the upper counts before event i.
+	upper := map[event.Place]int64{}
+	for p, c := range n.copies {
+		upper[p] = c.Upper
+	}
+	var before []map[event.Place]int64
+	for i := range b.Events {
+		before = append(before, maps.Clone(upper))
+		for _, h := range b.Events[i].Hashes {
+			p := placeOf(&b.Events[i], h)
+			if b.Events[i].Type == event.BlockStored {
+				upper[p]++
+			} else {
+				upper[p] = max(upper[p]-1, 0)
+			}
+		}
+		if b.Events[i].Type == event.AllBlocksCleared {
+			clear(upper)
+		}
 	}
 	// held reports whether group g held all of e's blocks before event i.
 	held := func(i int, g int64, e *event.Event) bool {
 		for _, h := range e.Hashes {
 			p := placeOf(e, h)
 			p.Group = event.Some(g)
-			ok := before[p]
-			for k := range b.Events[:i] {
-				s := &b.Events[k]
-				ok = ok || s.Type == event.BlockStored && slices.ContainsFunc(s.Hashes,
-					func(h event.Hash) bool { return placeOf(s, h) == p })
-			}
-			if !ok {
+			if before[i][p] == 0 {
 				return false
 			}
 		}
@@ -157,23 +167,23 @@ func (n *naive) apply(b *event.Batch) {
 		if root(e) && len(e.Tokens) > 0 && len(n.groups) > 1 {
 			everywhere, long := true, true
 			for id, g := range n.groups {
-				last := -1
+				some, ok := false, false
 				for k := range b.Events {
 					s := &b.Events[k]
 					same := placeOf(s, 0).Medium == placeOf(e, 0).Medium && slices.Equal(s.Hashes, e.Hashes)
 					if root(s) && s.Group.V == id && same {
-						last = k
+						some = true
+						ok = ok || held(k, id, e)
 					}
 				}
 				if id == e.Group.V {
-					last = i
+					ok = held(i, id, e)
 				}
-				ok := last >= 0 && held(last, id, e)
 				everywhere = everywhere && ok
 				if g.kind == "full" {
 					long = long && ok
 				} else {
-					long = long && last >= 0 && g.window >= 0 && int64(len(e.Hashes)) > g.window
+					long = long && some && g.window >= 0 && int64(len(e.Hashes)) > g.window
 				}
 			}
 			ambiguous = everywhere || long
@@ -349,6 +359,33 @@ func TestFoldTellsAReportFromAStore(t *testing.T) {
 			"a report may name what the same batch stored",
 			batches{{store(0, full, 1), store(0, full, 1, 2), store(0, full, 1, 2)}},
 			held{"0:1": {2, 3}, "0:2": {1, 2}},
+		},
+		{
+			"a store behind a clear in the same batch is a true one",
+			batches{
+				{store(0, full, 1, 2)},
+				{{Type: event.AllBlocksCleared}, store(0, full, 1, 2)},
+				{{Type: event.AllBlocksCleared}, store(0, full, 1, 2), store(0, full, 1)},
+			},
+			held{"0:1": {1, 2}, "0:2": {1, 1}},
+		},
+		{
+			"a store behind the removal of the last copy in the same batch is a true one",
+			batches{{store(0, full, 1)}, {remove(0, 1), store(0, full, 1)}, {remove(0, 1, 1), store(0, full, 1)}},
+			held{"0:1": {1, 1}},
+		},
+		{
+			"a store behind the removal of one of two copies may be a report",
+			batches{{store(0, full, 1), asChild(store(0, full, 1))}, {remove(0, 1), store(0, full, 1)}},
+			held{"0:1": {1, 2}},
+		},
+		{
+			"stores of several groups behind a clear in the same batch are true ones",
+			batches{
+				{store(0, windowed, 1), store(1, full, 1)},
+				{{Type: event.AllBlocksCleared}, store(0, windowed, 1), store(1, full, 1)},
+			},
+			held{"0:1": {1, 1}, "1:1": {1, 1}},
 		},
 		{
 			"a removal lowers both counts",

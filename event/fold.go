@@ -389,8 +389,8 @@ func (f *Fold) holds(e *Event, at *folding) bool {
 
 // markReports marks those stores of one list, sorted by group, that may be reports by an engine of several groups: each
 // group has stored the list in this batch, full attention holds every block of it, and so do the others, unless the
-// list is too long to be a true store of theirs. A group holds the list if it did so at any of its stores of it, but the
-// group of a store itself is judged at that store: of two stores in one batch the first may be true.
+// list is too long to be a true store of theirs. A group holds the list if it did so at any of its stores of it, but
+// the group of a store itself is judged at that store: of two stores in one batch the first may be true.
 func (f *Fold) markReports(b *Batch, stores []int32) {
 	groups := 0
 	everywhere, long := true, true

@@ -70,11 +70,16 @@ type ZMQClient struct {
 	replayAsked uint64
 	askedDigest uint64
 	limiter     ReplayLimiter
+	// newestDigest is of the newest live message, if newestKnown.
+	newestDigest uint64
+	newestKnown  bool
 	// conn is the present connection, nil if there is none. nudge wakes the goroutine that asks questions on it; paused
 	// says that a handler kept the socket from being read.
 	conn   *zmtp.Conn
 	nudge  chan struct{}
 	paused bool
+	// failure is the last one that was logged, since there was a connection.
+	failure string
 
 	stats counters
 
@@ -480,7 +485,7 @@ func hostOf(addr net.Addr) string {
 }
 
 // follow reads one connection until it ends, which it always does with an error.
-func (c *ZMQClient) follow(ctx context.Context, conn *zmtp.Conn) error {
+func (c *ZMQClient) follow(ctx context.Context, conn *zmtp.Conn) (err error) {
 	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
 	defer func() { _ = conn.Close() }()
 	if err := conn.Subscribe([]byte(c.config.Topic)); err != nil {
@@ -510,6 +515,9 @@ func (c *ZMQClient) follow(ctx context.Context, conn *zmtp.Conn) error {
 		c.seq.disconnect()
 		c.hold.clear()
 		c.overlap.clear()
+		if err != nil { // else a handler has ended its goroutine
+			c.setError(err.Error())
+		}
 		c.tellStatus()
 	}()
 	for {
@@ -527,6 +535,7 @@ func (c *ZMQClient) opened(ctx context.Context, wg *sync.WaitGroup, conn *zmtp.C
 	defer c.mu.Unlock()
 	c.conn, c.nudge, c.paused = conn, nudge, false
 	c.setError("")
+	c.failure = ""
 	clear(c.warned)
 	c.obey(ctx, wg, c.seq.connect(), &message{})
 	c.tellStatus()
@@ -546,6 +555,11 @@ func (c *ZMQClient) received(ctx context.Context, wg *sync.WaitGroup, frames [][
 	m.at = conn.LastReceived()
 	m.omitted.bytes, m.omitted.digest = conn.Omitted()
 	d := c.seq.live(m.seq, c.proofOf(&m))
+	// Until the connection has met the replay endpoint, its newest message is remembered, whether there is room to hold
+	// it or not.
+	if c.newestKnown = d.verdict == hold && !c.seq.met; c.newestKnown {
+		c.newestDigest = digestOf(&m)
+	}
 	c.obey(ctx, wg, d, &m)
 	if d.verdict == deliver && d.missed == 0 && !c.seq.holding {
 		c.observe(m.at)
@@ -659,15 +673,24 @@ func (c *ZMQClient) proofOf(m *message) proof {
 		return other
 	}
 	switch {
-	case !c.seq.started:
-	case m.seq == c.seq.last:
+	case m.seq == c.seq.last && c.seq.started:
 		return is(m.omitted == c.lastOmitted && bytes.Equal(m.payload, c.lastPayload))
+	case m.replayed && c.seq.ask.purpose == askMeet && c.seq.ask.count < maxSought:
+		if h, ok := c.hold.find(m.seq); ok {
+			return is(m.omitted == h.omitted && bytes.Equal(m.payload, h.payload))
+		}
 	case m.replayed && c.seq.ask.verify && m.seq == c.seq.ask.from:
 		// Live messages have come since it was asked for.
 		return is(digestOf(m) == c.askedDigest)
+	case m.replayed && c.seq.hasNewest && m.seq == c.seq.newest && c.newestKnown:
+		return is(digestOf(m) == c.newestDigest)
 	}
 	return c.overlap.proof(m)
 }
+
+// maxSought is how many messages of a replay are looked for among those that are held. The first will do, unless the
+// engine's buffer is short.
+const maxSought = 64
 
 // maxKeptPayload is the size in bytes above which the memory of lastPayload is given back when it is no longer needed.
 const maxKeptPayload = 1 << 20
@@ -687,7 +710,7 @@ func (c *ZMQClient) deliver(m *message) {
 	if m.replayed {
 		c.overlap.add(m)
 	}
-	c.seq.delivered(m.seq)
+	c.seq.delivered(m.seq, m.replayed)
 	c.stats.batches.Add(1)
 	if m.replayed {
 		c.stats.replayed.Add(1)
@@ -882,20 +905,19 @@ func (c *ZMQClient) fail(err error, kind string, retry time.Duration) {
 	c.metrics.IncrementErrorCount(kind)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	// The same failure again is no news.
-	if c.setError(err.Error()) {
+	c.setError(err.Error())
+	if c.failure != err.Error() { // the same again is no news
+		c.failure = err.Error()
 		c.log.Warn("connection_failed", "endpoint", c.pub, "error", err, "retry_in", retry)
 	}
 	c.tellStatus()
 }
 
-// setError sets the error that Status shows, and reports whether it changed.
-func (c *ZMQClient) setError(text string) bool {
+// setError sets the error that State shows.
+func (c *ZMQClient) setError(text string) {
 	c.statusMu.Lock()
 	defer c.statusMu.Unlock()
-	changed := c.status.Err != text
 	c.status.Err = text
-	return changed
 }
 
 // wake makes the goroutine that asks questions look whether there is one; callers hold mu.

@@ -289,7 +289,7 @@ func TestAReplayThatDripsKeepsItsTurnOnlySoLong(t *testing.T) {
 				select {
 				case <-ctx.Done():
 					return
-				case <-time.After(4 * time.Second):
+				case <-time.After(900 * time.Millisecond):
 				}
 				r.Send(id, nil, number(seq), stored(event.Hash(seq)))
 			}

@@ -107,14 +107,33 @@ func (q *holdQueue) peek() (m heldMessage, ok bool) {
 	if q.count == 0 {
 		return m, false
 	}
-	r := q.chunks[0][q.at:]
+	m, _ = record(q.chunks[0][q.at:])
+	return m, true
+}
+
+// find returns the message with a number, if it is held.
+func (q *holdQueue) find(seq uint64) (m heldMessage, ok bool) {
+	from := q.at
+	for _, chunk := range q.chunks {
+		for rest := chunk[from:]; len(rest) > 0; {
+			if m, rest = record(rest); m.seq == seq {
+				return m, true
+			}
+		}
+		from = 0
+	}
+	return heldMessage{}, false
+}
+
+// record reads the message that r begins with, and returns what follows it.
+func record(r []byte) (m heldMessage, rest []byte) {
 	m.seq = binary.BigEndian.Uint64(r)
 	m.at = time.Unix(0, int64(binary.BigEndian.Uint64(r[8:])))
 	m.omitted = omission{bytes: binary.BigEndian.Uint64(r[16:]), digest: binary.BigEndian.Uint64(r[24:])}
 	topic := heldHeader + int(binary.BigEndian.Uint32(r[32:]))
 	end := topic + int(binary.BigEndian.Uint32(r[36:]))
 	m.topic, m.payload = r[heldHeader:topic:topic], r[topic:end:end]
-	return m, true
+	return m, r[end:]
 }
 
 // take removes the message that peek returned, unless it went with a clear meanwhile.

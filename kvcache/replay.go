@@ -62,7 +62,7 @@ func (c *ZMQClient) runReplays(ctx context.Context, wg *sync.WaitGroup) {
 		if c.endReplay(ctx, wg, asked, end, err) {
 			return
 		}
-		if err == nil {
+		if err == nil && !c.stalls() {
 			continue
 		}
 		select {
@@ -70,6 +70,13 @@ func (c *ZMQClient) runReplays(ctx context.Context, wg *sync.WaitGroup) {
 		case <-time.After(pace.next(true)):
 		}
 	}
+}
+
+// stalls reports whether replays give valid answers without what is wanted.
+func (c *ZMQClient) stalls() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.seq.stalls > 1 || c.seq.contradictions > 0
 }
 
 // takeTurn runs the replay that is wanted when its turn has come.
@@ -135,7 +142,7 @@ func (c *ZMQClient) endReplay(ctx context.Context, wg *sync.WaitGroup, asked uin
 	if d.replay {
 		return false
 	}
-	if err == nil && !denied && !c.seq.givenUp {
+	if err == nil && end != endSilent && !denied && !c.seq.givenUp {
 		c.observe(time.Now())
 	}
 	c.replays = false
@@ -245,6 +252,10 @@ func (c *ZMQClient) check(ctx context.Context, wg *sync.WaitGroup) {
 	}
 }
 
+// midAnswer is how long a replay that has brought something may pause. Engines send an answer in one go, so what does
+// not come soon was lost on the way, the end marker for one, and is to be asked for again.
+const midAnswer = time.Second
+
 // replayOnce asks for one replay and hands on what it brings. Callers do not hold mu.
 func (c *ZMQClient) replayOnce(ctx context.Context, wg *sync.WaitGroup, asked, from uint64) (replayEnd, error) {
 	// A socket of its own for each replay: what an earlier one still brings cannot reach this one.
@@ -302,6 +313,8 @@ func (c *ZMQClient) replayOnce(ctx context.Context, wg *sync.WaitGroup, asked, f
 			return endUnwanted, nil
 		case d.enough:
 			return endEnough, nil
+		case d.verdict == deliver:
+			left = min(timeout, midAnswer)
 		case d.useful:
 			left = timeout
 		}

@@ -42,8 +42,16 @@ type sequencer struct {
 	wasLive bool
 	// missedTo is the number up to which missing ones were counted, so that each is counted once.
 	missedTo uint64
-	// verified says that the current connection is known to be of the current life.
+	// verified says that what was delivered is known to be of the life that the replay endpoint, or this connection, is
+	// of.
 	verified bool
+	// met says that this connection and the replay endpoint are known to be of one life: a batch came by both, or no
+	// batch of the life came by a replay. A connection whose end was not yet read may be of a process that is gone.
+	met bool
+	// lastLive says that the last delivered batch came by this connection.
+	lastLive bool
+	// contradictions counts how often this connection and the replay endpoint disagreed, since they last met.
+	contradictions int
 	// holding says that live messages are kept back until a replay has filled what comes before them.
 	holding bool
 	// givenUp says that replays failed too often on this connection; it is treated as if there were none.
@@ -95,12 +103,15 @@ type ask struct {
 	progress bool
 }
 
-// purpose is why a replay is asked for. For all but the first nothing is known to be missing, live messages flow
-// meanwhile, and nothing is lost if it fails.
+// purpose is why a replay is asked for. During the first two live messages are held. For the others nothing is known to
+// be missing, live messages flow meanwhile, and nothing is lost if it fails.
 type purpose uint8
+
+func (p purpose) holds() bool { return p <= askMeet }
 
 const (
 	askFill   purpose = iota // to bring what is missing; live messages are held until it has
+	askMeet                  // to see whether what came live is of the life that replays brought: its oldest held batch
 	askTail                  // to see whether anything was sent that never came
 	askRetry                 // to see whether the endpoint answers again, after replays were given up
 	askOrigin                // to see whether the life began with number 1
@@ -110,6 +121,8 @@ const (
 const (
 	maxReplayFailures = 3
 	maxReplayStalls   = 3
+	// With the pace at which the caller asks again these take longer than the end of a connection that broke: about 15 s.
+	maxContradictions = 10
 )
 
 // endMarker is the number that ends a replay. No batch has it.
@@ -148,6 +161,7 @@ type decision struct {
 // connect tells of a new connection that is subscribed.
 func (s *sequencer) connect() (d decision) {
 	s.verified, s.hasNewest, s.givenUp = false, false, false
+	s.met, s.lastLive, s.contradictions = false, false, 0
 	s.hasHeld, s.dropped = false, false
 	s.failures, s.stalls = 0, 0
 	first := !s.opened
@@ -279,18 +293,28 @@ func (s *sequencer) next(seq uint64, p proof) (d decision) {
 		return s.gap(s.want, seq)
 	case !s.started:
 		s.first(seq)
+		s.met = true
 		d.verdict = deliver
+	case seq == s.last+1 && asking && !s.met:
+		return s.meet(seq)
 	case seq == s.last+1:
 		d.verdict = deliver
 	case seq <= s.last && s.verified && p != other:
 		d.duplicate = true // it came by replay as well
+		if p == same {
+			s.meets()
+		}
 		return d
 	case seq <= s.last && s.verified:
-		// The replay brought another batch under this number. The connection is the engine; the replay endpoint is not.
-		d.foreign, d.reset = true, ReasonHistoryLost
+		// The replay brought another batch under this number.
+		if asking && s.contradict(&d) {
+			return s.holdBack(seq, d, askFill)
+		}
+		d.reset = ReasonHistoryLost
 		s.givenUp = true
 		s.forget(d.reset)
 		s.first(seq)
+		s.met = true
 		d.verdict = deliver
 	case seq <= s.last:
 		return s.restart(seq)
@@ -300,6 +324,7 @@ func (s *sequencer) next(seq uint64, p proof) (d decision) {
 		d.missed = s.miss(s.last+1, seq)
 		if s.verified {
 			s.lose(seq, &d)
+			s.met = true
 			break
 		}
 		// After a reconnect that proved nothing, more or less is missing, or it is another life.
@@ -323,20 +348,53 @@ func (s *sequencer) lose(seq uint64, d *decision) {
 	s.first(seq)
 }
 
+// meets records that the connection and the replay endpoint are of one life.
+func (s *sequencer) meets() { s.met, s.contradictions = true, 0 }
+
+// contradict judges a connection and a replay endpoint that disagree, and reports whether to ask again. Most often the
+// connection is of a process that is gone, and its end will be read soon. If it lives on, the endpoint is another
+// engine's (the port of another rank), and the connection outranks it.
+func (s *sequencer) contradict(d *decision) (again bool) {
+	s.contradictions++
+	if d.foreign = s.contradictions > maxContradictions; !d.foreign {
+		s.state = StateRecovering
+	}
+	return !d.foreign
+}
+
+// meet asks for seq, which came live behind what came by replays, to see whether both are of one life: then the answer
+// brings it too.
+func (s *sequencer) meet(seq uint64) (d decision) {
+	if s.stalls++; s.stalls > 1 && !s.contradict(&d) {
+		s.givenUp = true
+		s.lose(seq, &d)
+		s.met = true
+		return d
+	}
+	return s.holdBack(seq, d, askMeet)
+}
+
+// holdBack makes the decision hold a message, with those behind it, and ask for a replay.
+func (s *sequencer) holdBack(seq uint64, d decision, p purpose) decision {
+	d.verdict = hold
+	s.heldFirst, s.hasHeld = seq, true // what was held before it is placed
+	s.request(&d)
+	s.ask.purpose = p
+	return d
+}
+
 // gap asks for the numbers from next up to seq, which are missing, and keeps seq for later. If asking did not help
 // before, they are lost and seq begins the history anew.
 func (s *sequencer) gap(next, seq uint64) (d decision) {
 	d.missed = s.miss(next, seq)
 	if s.stalls >= maxReplayStalls {
 		s.lose(seq, &d)
+		s.met = true
 		return d
 	}
 	s.stalls++
 	s.state = StateRecovering
-	d.verdict = hold
-	s.heldFirst, s.hasHeld = seq, true // what was held before it is placed
-	s.request(&d)
-	return d
+	return s.holdBack(seq, d, askFill)
 }
 
 // miss returns how many of the numbers from next up to seq were not counted as missing before.
@@ -354,13 +412,10 @@ func (s *sequencer) restart(seq uint64) (d decision) {
 	if s.replayable && !s.givenUp {
 		s.stalls = 0
 		s.state = StateRecovering
-		d.verdict = hold
-		s.heldFirst, s.hasHeld = seq, true
-		s.request(&d)
-		return d
+		return s.holdBack(seq, d, askFill)
 	}
 	s.first(seq)
-	s.verified = true
+	s.verified, s.met = true, true
 	d.verdict = deliver
 	return d
 }
@@ -385,17 +440,28 @@ func (s *sequencer) replayed(seq uint64, p proof) (d decision) {
 	if first && a.verify && seq == a.from {
 		switch {
 		case p != same && s.verified:
-			// The connection was proven to be of the life that sent p. It will break if that life has ended.
-			d.foreign = true
-			return d
+			// The connection was proven to be of the life that sent p, or the endpoint was: one of them is of another now.
+			return s.disagreed(d)
 		case p != same:
 			return s.replaced()
 		}
 		s.verified = true
+		if s.lastLive && s.last == a.from {
+			s.meets()
+		}
 		d.duplicate, d.useful = true, true
 		return d
 	}
 	switch {
+	case a.purpose == askMeet:
+		switch p {
+		case same:
+			s.meets()
+			d.enough = true
+		case other:
+			return s.disagreed(d)
+		}
+		return d
 	case a.purpose == askRetry:
 		return d // a replay is to be good to its end before anything is built on it; what it brings can be asked for again
 	case a.purpose == askOrigin:
@@ -404,22 +470,25 @@ func (s *sequencer) replayed(seq uint64, p proof) (d decision) {
 			s.bound, s.reason = BoundExact, ""
 		}
 		return d
-	case first && a.verify && s.verified && seq > s.last+1:
-		// Between the last delivered batch and this one the engine has forgotten something, unless it came meanwhile.
-		switch {
-		case a.purpose != askFill:
-			s.request(&d) // so that what is on its way is held
-			return d
-		case s.hasHeld && s.heldFirst <= s.last+1:
-			d.enough = true
-			return d
-		}
+	case first && a.verify && seq <= s.last:
+		d.duplicate = true // it came live since it was asked for
+		return d
+	case first && a.verify && a.purpose != askFill:
+		s.request(&d) // so that what is on its way is held
+		return d
+	case first && a.verify && s.met && s.hasHeld && s.heldFirst <= s.last+1:
+		d.enough = true // what the engine has forgotten came live meanwhile
+		return d
+	case first && a.verify && s.verified && s.keep:
 		d.missed = s.miss(s.last+1, seq)
 		s.lose(seq, &d)
-	case first && a.verify && s.verified:
+		s.met = false
 	case first && a.verify:
 		// The engine no longer holds the batch that would tell whether this is the same life, or never sent that number in
 		// its new life. What it has from the beginning on tells more.
+		if s.verified {
+			d.missed = s.miss(s.last+1, seq)
+		}
 		d.reset = ReasonHistoryLost
 		s.forget(d.reset)
 		s.state = StateRecovering
@@ -443,6 +512,16 @@ func (s *sequencer) replayed(seq uint64, p proof) (d decision) {
 		s.request(&d)
 		return d
 	}
+	if s.hasNewest && seq == s.newest && !s.met {
+		// The connection brought it too, held or not.
+		switch p {
+		case other:
+			d.verdict = drop
+			return s.disagreed(d)
+		case same:
+			s.meets()
+		}
+	}
 	s.verified = true
 	a.progress = true
 	s.stalls = 0
@@ -450,6 +529,18 @@ func (s *sequencer) replayed(seq uint64, p proof) (d decision) {
 	// Where the replay has met what is held, the rest is held, and the bytes of the one they share tell that both are of
 	// one engine.
 	d.enough = a.purpose == askFill && s.hasHeld && seq >= s.heldFirst
+	return d
+}
+
+// disagreed ends a replay that contradicts the connection. A mere question is left at that.
+func (s *sequencer) disagreed(d decision) decision {
+	if !s.ask.purpose.holds() {
+		d.foreign = true
+	} else if s.contradict(&d) {
+		p := s.ask.purpose
+		s.request(&d)
+		s.ask.purpose = p
+	}
 	return d
 }
 
@@ -503,7 +594,10 @@ func (s *sequencer) replayEnded(end replayEnd) (d decision) {
 	case a.count == 0 && !marker:
 		return s.replayFailed()
 	case a.count == 0 && a.verify && s.verified:
-		// It denies what this very connection has brought.
+		// It denies what this very connection, or this very endpoint, has brought.
+		if d = s.disagreed(d); !d.foreign {
+			return d
+		}
 		d = s.replayFailed()
 		d.foreign = true
 		return d
@@ -511,8 +605,8 @@ func (s *sequencer) replayEnded(end replayEnd) (d decision) {
 		// Not even the number asked for: the process that sent it is gone.
 		s.failures = 0
 		return s.replaced()
-	case a.purpose == askRetry:
-		return s.resync()
+	case a.purpose == askRetry && (marker || a.count > 1 || !a.verify):
+		return s.resync() // a long answer may lose its end
 	case a.purpose == askOrigin:
 		return d
 	case a.count == 0 && s.want == 0 && !s.hasNewest:
@@ -521,13 +615,17 @@ func (s *sequencer) replayEnded(end replayEnd) (d decision) {
 	case a.count == 0 && s.want > 0:
 		s.reason = ReasonLateStart
 	}
-	s.failures = 0
 	// An answer can lose its end, with the marker or before it, and a hold can overflow. Whoever asks again from the last
-	// delivered number and gets nothing newer has seen the end.
+	// delivered number and gets nothing newer, and the marker, has seen the end.
 	if a.progress || dropped {
+		s.failures = 0
 		s.request(&d)
 		return d
 	}
+	if !marker {
+		return s.replayFailed()
+	}
+	s.failures = 0
 	if marker && s.baseProof == baseReplayed {
 		s.baseLast, s.baseProof = s.last, baseComplete
 	}
@@ -537,7 +635,7 @@ func (s *sequencer) replayEnded(end replayEnd) (d decision) {
 
 // replayFailed tells that the replay gave no valid answer. The decision is to ask again, or to go on without.
 func (s *sequencer) replayFailed() (d decision) {
-	if s.ask.purpose != askFill {
+	if !s.ask.purpose.holds() {
 		return d
 	}
 	if s.ask.progress {
@@ -583,8 +681,10 @@ func (s *sequencer) settle() (d decision) {
 	return d
 }
 
-// delivered records that a batch was handed on.
-func (s *sequencer) delivered(seq uint64) { s.started, s.last = true, seq }
+// delivered records that a batch was handed on, and whether it came by a replay.
+func (s *sequencer) delivered(seq uint64, replayed bool) {
+	s.started, s.last, s.lastLive = true, seq, !replayed
+}
 
 // cleared tells that the batch just delivered emptied the engine's cache: nothing older matters any more.
 func (s *sequencer) cleared() { s.bound, s.reason = BoundExact, "" }
@@ -620,6 +720,7 @@ func (s *sequencer) request(d *decision) {
 func (s *sequencer) forget(reason Reason) {
 	s.started, s.missedTo = false, 0
 	s.baseProof, s.owed = baseHeard, false
+	s.met = false
 	s.bound, s.reason = BoundAtLeast, reason
 	if reason != ReasonStart {
 		s.want = 0 // it meant a number of the life that ended

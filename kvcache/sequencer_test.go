@@ -26,6 +26,8 @@ type rig struct {
 
 	// The network.
 	connected bool
+	dead      bool      // the process at the other end is gone, and the end of the connection not yet read
+	reading   bool      // what is delivered came by a replay
 	wire      []batchID // sent live, not yet read
 	answer    *answer   // the replay that runs
 	lossy     bool      // the next answer loses messages
@@ -33,6 +35,7 @@ type rig struct {
 
 	// The client.
 	held      []batchID
+	newest    batchID // read live on this connection
 	asked     bool
 	askedFor  batchID   // the batch that the answer has to begin with
 	delivered []batchID // since the last reset
@@ -98,7 +101,7 @@ func (r *rig) publish(reaches bool) {
 	if r.kept = append(r.kept, b); r.room > 0 && len(r.kept) > r.room {
 		r.kept = r.kept[1:]
 	}
-	if r.connected && reaches {
+	if r.connected && reaches && !r.dead {
 		r.wire = append(r.wire, b)
 	}
 }
@@ -110,8 +113,14 @@ func (r *rig) burn() {
 }
 
 func (r *rig) restart() {
-	r.note("restart")
 	r.disconnect()
+	r.newProcess()
+}
+
+// newProcess is a restart that the client does not notice before it has read all that the old process sent.
+func (r *rig) newProcess() {
+	r.note("restart")
+	r.dead = r.connected
 	r.life++
 	r.published, r.kept, r.room, r.next = nil, nil, 0, r.first
 }
@@ -133,8 +142,12 @@ func (r *rig) trim(n int) {
 func (r *rig) proof(b batchID, replayed bool) proof {
 	was, known := r.replayed[b.seq]
 	switch {
-	case b.seq == r.last.seq:
+	case b.seq == r.last.seq && r.seq.started:
 		was, known = r.last, true
+	case replayed && r.seq.ask.purpose == askMeet && slices.ContainsFunc(r.held, sameSeq(b)):
+		was, known = r.held[slices.IndexFunc(r.held, sameSeq(b))], true
+	case replayed && r.seq.hasNewest && b.seq == r.seq.newest:
+		was, known = r.newest, true
 	case replayed && r.seq.ask.verify && b.seq == r.seq.ask.from:
 		was, known = r.askedFor, true
 	}
@@ -147,12 +160,14 @@ func (r *rig) proof(b batchID, replayed bool) proof {
 	return other
 }
 
+func sameSeq(b batchID) func(batchID) bool { return func(h batchID) bool { return h.seq == b.seq } }
+
 func (r *rig) connect() {
 	if r.connected {
 		return
 	}
 	r.note("connect")
-	r.connected, r.replayed = true, map[uint64]batchID{}
+	r.connected, r.dead, r.replayed = true, false, map[uint64]batchID{}
 	r.obey(r.seq.connect(), batchID{}, false)
 }
 
@@ -161,7 +176,7 @@ func (r *rig) disconnect() {
 		return
 	}
 	r.note("disconnect")
-	r.connected, r.wire, r.held, r.answer, r.asked = false, nil, nil, nil, false
+	r.connected, r.dead, r.wire, r.held, r.answer, r.asked = false, false, nil, nil, nil, false
 	r.seq.disconnect()
 }
 
@@ -183,11 +198,16 @@ func (r *rig) overflow() {
 
 func (r *rig) readLive() bool {
 	if len(r.wire) == 0 {
+		if r.dead {
+			r.disconnect()
+			return true
+		}
 		return false
 	}
 	b := r.wire[0]
 	r.wire = r.wire[1:]
 	r.note("read %v", b)
+	r.newest = b
 	r.obey(r.seq.live(b.seq, r.proof(b, false)), b, false)
 	return true
 }
@@ -233,7 +253,15 @@ func (r *rig) readReplay() bool {
 	b := r.answer.messages[0]
 	r.answer.messages = r.answer.messages[1:]
 	d := r.seq.replayed(b.seq, r.proof(b, true))
+	r.reading = true
 	r.obey(d, b, false)
+	r.reading = false
+	if d.foreign || d.invalid {
+		r.answer = nil
+		r.note("replay refused")
+		r.over(r.seq.replayFailed())
+		return true
+	}
 	if !d.replay && d.enough {
 		r.answer = nil
 		r.note("replay told enough")
@@ -274,7 +302,7 @@ func (r *rig) obey(d decision, b batchID, held bool) {
 	case deliver:
 		r.note("  deliver %v", b)
 		r.deliver(b)
-		r.seq.delivered(b.seq)
+		r.seq.delivered(b.seq, r.answer != nil && !held && r.reading)
 		r.last = b
 		if r.asked && !held {
 			r.replayed[b.seq] = b
@@ -314,8 +342,10 @@ func (r *rig) deliver(b batchID) {
 // quiet heals the network and drains everything. Without replays the engine publishes once more.
 func (r *rig) quiet() {
 	r.lossy, r.failing = false, 0
-	r.connect()
-	r.drain()
+	for range 2 { // the end of a connection may only be read now
+		r.connect()
+		r.drain()
+	}
 	if r.seq.replayable {
 		// What was lost on its way is found, though the engine says nothing more. The first question may be another one:
 		// whether replays work again, or what the first number was.
@@ -398,8 +428,11 @@ func play(t testing.TB, script []byte, m mode) *rig {
 		case 12:
 			r.connect()
 		case 13:
-			if arg < 4 { // rarer than the rest, or no life would last
+			switch { // rarer than the rest, or no life would last
+			case arg < 3:
 				r.restart()
+			case arg < 6:
+				r.newProcess()
 			}
 		case 14:
 			if arg < 12 {
@@ -872,7 +905,7 @@ func TestSequencerRefusesAReplayThatRepeatsItself(t *testing.T) {
 		if d := r.seq.replayed(seq, unproven); d.verdict != deliver || !d.useful {
 			t.Fatalf("number %d: %+v", seq, d)
 		}
-		r.seq.delivered(seq)
+		r.seq.delivered(seq, true)
 	}
 	for _, seq := range []uint64{0, 1} {
 		if d := r.seq.replayed(seq, same); !d.invalid || d.verdict != drop || d.useful {

@@ -15,6 +15,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -71,12 +72,13 @@ func without(tb testing.TB, problem string, required bool) {
 
 // Peer is a running peer.py. Its methods fail the test on any trouble and belong to the test's goroutine.
 type Peer struct {
-	tb    testing.TB
-	args  []string
-	stdin io.WriteCloser
-	lines chan string
-	stop  func()
-	ready map[string]string
+	tb      testing.TB
+	args    []string
+	process *os.Process
+	stdin   io.WriteCloser
+	lines   chan string
+	stop    func()
+	ready   map[string]string
 }
 
 // Start starts peer.py with the arguments that its own text explains, and waits until it is ready. It is killed when
@@ -92,7 +94,7 @@ func Start(tb testing.TB, args ...string) *Peer {
 	if err := errors.Join(inErr, outErr, cmd.Start()); err != nil {
 		tb.Fatal(err)
 	}
-	p := &Peer{tb: tb, args: args, stdin: stdin, lines: make(chan string, 1024)}
+	p := &Peer{tb: tb, args: args, process: cmd.Process, stdin: stdin, lines: make(chan string, 1024)}
 	ended, read := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(read)
@@ -174,3 +176,17 @@ func (p *Peer) Expect(word string) string {
 
 // Stop kills the peer now, as a crash would.
 func (p *Peer) Stop() { p.stop() }
+
+// Restart kills the peer and starts another process with the same arguments, and args behind them, at the same
+// endpoints.
+func (p *Peer) Restart(args ...string) *Peer {
+	p.tb.Helper()
+	p.stop()
+	again := slices.Clone(p.args)
+	for name, option := range map[string]string{"endpoint": "--bind", "pub": "--pub", "replay": "--replay"} {
+		if endpoint := p.ready[name]; endpoint != "" && !slices.Contains(p.args, "--connect") {
+			again = append(again, option, endpoint)
+		}
+	}
+	return Start(p.tb, append(again, args...)...)
+}

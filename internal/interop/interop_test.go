@@ -5,6 +5,8 @@ package interop_test
 
 import (
 	"compress/gzip"
+	"errors"
+	"io"
 	"os"
 	"path/filepath"
 	"testing"
@@ -21,18 +23,8 @@ func TestPublisherReplaysWhatItLost(t *testing.T) {
 	} {
 		t.Run(framing.name, func(t *testing.T) {
 			t.Parallel()
-			stream := filepath.Join(t.TempDir(), "stream.txt.gz")
-			f, err := os.Create(stream)
-			if err != nil {
-				t.Fatal(err)
-			}
-			zw := gzip.NewWriter(f)
-			zw.Write([]byte("0 aa\n1 bb\n2 cc\n"))
-			zw.Close()
-			f.Close()
-
-			pub := interop.Start(t, "publish", "--stream", stream, "--topic", "kv", "--framing", framing.name, "--xpub",
-				"--hwm", "10")
+			pub := interop.Start(t, "publish", "--stream", stream(t, "0 aa\n1 bb\n2 cc\n"), "--topic", "kv",
+				"--framing", framing.name, "--xpub", "--hwm", "10")
 			sub := interop.Start(t, "sub", "--connect", pub.Endpoint("pub"), "--subscribe", "6b")
 			if got := pub.Expect("message"); got != "016b" {
 				t.Fatalf("subscription %q, want 016b", got)
@@ -60,4 +52,65 @@ func TestPublisherReplaysWhatItLost(t *testing.T) {
 			expect(dealer, framing.end)
 		})
 	}
+}
+
+func TestPeerThatIsRestartedKeepsItsEndpointsAndNothingElse(t *testing.T) {
+	t.Parallel()
+	first := interop.Start(t, "publish", "--stream", stream(t, "0 aa\n1 bb\n"), "--before", "1")
+	second := first.Restart("--before", "all")
+	for _, name := range []string{"pub", "replay"} {
+		if first.Endpoint(name) != second.Endpoint(name) {
+			t.Errorf("%s moved from %s to %s", name, first.Endpoint(name), second.Endpoint(name))
+		}
+	}
+	dealer := interop.Start(t, "dealer", "--connect", second.Endpoint("replay"))
+	dealer.Say("send - 0000000000000000")
+	for _, want := range []string{
+		"message - - 0000000000000000 aa", "message - - 0000000000000001 bb", "message - - ffffffffffffffff -",
+	} {
+		if got := dealer.Line(); got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+
+	router := interop.Start(t, "router", "--bind", "tcp://127.0.0.1:*")
+	if again := router.Restart(); again.Endpoint("endpoint") != router.Endpoint("endpoint") {
+		t.Errorf("a router moved from %s to %s", router.Endpoint("endpoint"), again.Endpoint("endpoint"))
+	}
+	if sub := interop.Start(t, "sub", "--connect", second.Endpoint("pub")).Restart(); sub.Endpoint("endpoint") !=
+		second.Endpoint("pub") {
+		t.Errorf("a subscriber went to %s", sub.Endpoint("endpoint"))
+	}
+}
+
+func TestPeerThatIsPausedDoesLaterWhatItIsTold(t *testing.T) {
+	t.Parallel()
+	p := interop.Start(t, "publish", "--stream", stream(t, "0 aa\n1 bb\n2 cc\n"))
+	p.Pause()
+	p.Say("publish 1")
+	p.Say("publish 2")
+	p.Continue()
+	for _, want := range []string{"published 1 0", "published 2 2"} {
+		if got := p.Line(); got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+	p.Pause() // a peer that stands still is killed like any other
+	p.Stop()
+}
+
+// stream writes lines of numbers and payloads to a file.
+func stream(t *testing.T, lines string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "stream.txt.gz")
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	zw := gzip.NewWriter(f)
+	_, writeErr := io.WriteString(zw, lines)
+	if err := errors.Join(writeErr, zw.Close(), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	return path
 }

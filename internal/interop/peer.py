@@ -3,8 +3,8 @@
 """A libzmq peer for tests, driven over stdin and stdout, one line each way at a time.
 
     peer.py pub|xpub|sub|router|dealer [--bind EP | --connect EP] [--subscribe HEX]... [--opt NAME=VALUE]... [--monitor]
-    peer.py publish [--stream FILE] [--pub EP] [--connect-out] [--replay EP] [--framing old|new] [--topic TEXT]
-                    [--buffer N] [--xpub] [--opt NAME=VALUE]... [--replay-opt NAME=VALUE]...
+    peer.py publish [--stream FILE] [--before N|all] [--pub EP] [--connect-out] [--replay EP] [--framing old|new]
+                    [--topic TEXT] [--buffer N] [--xpub] [--opt NAME=VALUE]... [--replay-opt NAME=VALUE]...
 
 Its first line is `ready NAME=ENDPOINT...` with the real ports. Empty frames are written as `-`, others in hex.
 
@@ -15,9 +15,9 @@ subscription is a message of one frame that begins with 01 or 00); a router answ
 
 publish is an engine's publisher: batches `SEQ HEX` of a gzipped file go out as [topic, seq, payload] and stay in a
 buffer of N steps, from which replay requests are answered, between two batches or while idle, by the same thread.
-`publish N|all` publishes the next batches and prints `published COUNT LAST`; `lose N` only buffers them, as if the
-high-water mark had dropped them, and prints `lost COUNT LAST`; `send SEQ HEX` publishes one that is in no file. Each
-replay prints `replayed START COUNT`.
+--before publishes batches before there are sockets to reach it by. `publish N|all` publishes the next batches and
+prints `published COUNT LAST`; `lose N` only buffers them, as if the high-water mark had dropped them, and prints
+`lost COUNT LAST`; `send SEQ HEX` publishes one that is in no file. Each replay prints `replayed START COUNT`.
 
 `exit`, or the end of stdin, ends it at once.
 """
@@ -58,6 +58,10 @@ class Lines:
             sys.exit(0)
         *lines, self.rest = (self.rest + data).split(b"\n")
         return [line.decode().split() for line in lines if line.strip()]
+
+
+def limit_of(word):
+    return None if word == "all" else int(word)
 
 
 def set_options(socket, options):
@@ -145,8 +149,6 @@ def publish(args):
     router = context.socket(zmq.ROUTER)
     set_options(pub, args.opt)
     set_options(router, args.replay_opt)
-    endpoint = connect(pub, args.pub) if args.connect_out else bind(pub, args.pub)
-    say("ready", "pub=" + endpoint, "replay=" + bind(router, args.replay))
 
     topic = args.topic.encode()
     prefix = [b""] if args.framing == "old" else [b"", topic]
@@ -187,6 +189,10 @@ def publish(args):
             pub.send_multipart([topic, seq.to_bytes(8, "big"), payload])
         held.append((seq, payload))
 
+    take(limit_of(args.before), True)
+    endpoint = connect(pub, args.pub) if args.connect_out else bind(pub, args.pub)
+    say("ready", "pub=" + endpoint, "replay=" + bind(router, args.replay))
+
     poller = zmq.Poller()
     poller.register(0, zmq.POLLIN)
     poller.register(router, zmq.POLLIN)
@@ -205,9 +211,9 @@ def publish(args):
             if name == "exit":
                 return
             if name == "publish":
-                say("published", *take(None if words[0] == "all" else int(words[0]), True))
+                say("published", *take(limit_of(words[0]), True))
             elif name == "lose":
-                say("lost", *take(None if words[0] == "all" else int(words[0]), False))
+                say("lost", *take(limit_of(words[0]), False))
             elif name == "send":
                 put(int(words[0]), b"" if words[1] == "-" else bytes.fromhex(words[1]), True)
                 say("published", 1, words[0])
@@ -224,6 +230,7 @@ def main():
     parser.add_argument("--opt", action="append")
     parser.add_argument("--monitor", action="store_true")
     parser.add_argument("--stream")
+    parser.add_argument("--before", default="0")
     parser.add_argument("--pub", default="tcp://127.0.0.1:*")
     parser.add_argument("--connect-out", action="store_true")
     parser.add_argument("--replay", default="tcp://127.0.0.1:*")

@@ -24,6 +24,7 @@ type engineFlags struct {
 	topic   string
 	fromSeq uint64
 	listen  bool
+	lost    string
 }
 
 func (f *engineFlags) register(cmd *cobra.Command) {
@@ -34,6 +35,9 @@ func (f *engineFlags) register(cmd *cobra.Command) {
 	flags.StringVar(&f.topic, "topic", "", "take only topics that begin with this `prefix`")
 	flags.Uint64Var(&f.fromSeq, "from-seq", 0, "first sequence `number` wanted")
 	flags.BoolVar(&f.listen, "listen", false, "wait at ENDPOINT for the engine to connect")
+	flags.StringVar(&f.lost, "history-lost", "clear", "`policy` where batches are missing that the engine no longer has: "+
+		"clear (reset, and go on) or keep (go on with the bound unknown)")
+	complete(cmd, "history-lost", "clear", "keep")
 	for _, name := range []string{"replay", "model", "pod", "topic", "from-seq"} {
 		complete(cmd, name)
 	}
@@ -63,6 +67,13 @@ func (f *engineFlags) config(endpoint string, log *slog.Logger) (*kvcache.ZMQCli
 		FromSequence: f.fromSeq,
 		StopTimeout:  stopPatience,
 		Logger:       log,
+	}
+	switch f.lost {
+	case kvcache.PolicyClear.String():
+	case kvcache.PolicyKeep.String():
+		config.HistoryLost = kvcache.PolicyKeep
+	default:
+		return nil, usagef("--history-lost: %q is neither clear nor keep", f.lost)
 	}
 	if config.PodKey == "" {
 		config.PodKey = endpoint

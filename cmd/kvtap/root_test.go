@@ -33,6 +33,7 @@ func TestMistakesInTheCallSayWhatToDo(t *testing.T) {
 		{"tail a:1 --from-seq=-1", `--from-seq: "-1" is not a whole number from 0 on` + "\n"},
 		{"tail a:1 --from-seq 99999999999999999999", `--from-seq: "99999999999999999999" is out of range` + "\n"},
 		{"tail a:1 --from-seq", "needs an argument: --from-seq"},
+		{"tail a:1 --history-lost maybe", `--history-lost: "maybe" is neither clear nor keep` + "\n"},
 		{"record a:1 f --count x", `--count: "x" is not a number` + "\n"},
 		{"record a:1 f --duration x", `--duration: "x" is not a duration such as`},
 		{"tail a:1 --json=x", `--json: "x" is neither true nor false` + "\n"},

@@ -79,9 +79,13 @@ const (
 func (q *holdQueue) push(m *message) bool {
 	need := heldHeader + len(m.topic) + len(m.payload)
 	n := len(q.chunks)
+	if q.count == maxHeldMessages {
+		q.clear()
+		return false
+	}
 	if n == 0 || cap(q.chunks[n-1])-len(q.chunks[n-1]) < need {
 		chunk := max(need, min(max(minHoldChunk, q.size), maxHoldChunk))
-		if q.count == maxHeldMessages || chunk > q.max-q.size || !q.budget.take(chunk) {
+		if chunk > q.max-q.size || !q.budget.take(chunk) {
 			q.clear()
 			return false
 		}

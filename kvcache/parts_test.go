@@ -105,6 +105,37 @@ func TestHoldQueueKeepsOrderAndItsBounds(t *testing.T) {
 	t.Error("it never overflowed")
 }
 
+func TestHoldQueueBoundsTheNumberOfMessages(t *testing.T) {
+	t.Parallel()
+	q := holdQueue{max: 1 << 30, budget: NewHoldBudget(1 << 30)}
+	m := &message{}
+	for range maxHeldMessages {
+		if !q.push(m) {
+			t.Fatalf("no room after %d messages", q.count)
+		}
+	}
+	if q.push(m) || q.count != 0 || q.size != 0 {
+		t.Errorf("%d messages, %d bytes", q.count, q.size)
+	}
+}
+
+func TestHoldQueueFindsAMessageByItsNumber(t *testing.T) {
+	t.Parallel()
+	q := holdQueue{max: 1 << 20, budget: NewHoldBudget(1 << 20)}
+	for i := range uint64(500) {
+		q.push(&message{seq: 2 * i, payload: []byte{byte(i), byte(i >> 8)}})
+	}
+	for range 10 {
+		q.take()
+	}
+	for seq, want := range map[uint64]bool{0: false, 18: false, 20: true, 21: false, 998: true, 1000: false} {
+		m, ok := q.find(seq)
+		if ok != want || ok && (m.seq != seq || m.payload[0] != byte(seq/2)) {
+			t.Errorf("number %d: found %v, %+v", seq, ok, m)
+		}
+	}
+}
+
 func TestHoldQueuesShareTheirBudget(t *testing.T) {
 	t.Parallel()
 	budget := NewHoldBudget(10 * minHoldChunk)

@@ -35,8 +35,7 @@ func (f *engineFlags) register(cmd *cobra.Command) {
 	flags.StringVar(&f.topic, "topic", "", "take only topics that begin with this `prefix`")
 	flags.Uint64Var(&f.fromSeq, "from-seq", 0, "first sequence `number` wanted")
 	flags.BoolVar(&f.listen, "listen", false, "wait at ENDPOINT for the engine to connect")
-	flags.StringVar(&f.lost, "history-lost", "clear", "`policy` where batches are missing that the engine no longer has: "+
-		"clear (reset, and go on) or keep (go on with the bound unknown)")
+	flags.StringVar(&f.lost, "history-lost", "clear", "`policy` for lost history: clear (reset) or keep (bound unknown)")
 	complete(cmd, "history-lost", "clear", "keep")
 	for _, name := range []string{"replay", "model", "pod", "topic", "from-seq"} {
 		complete(cmd, name)

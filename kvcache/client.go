@@ -78,6 +78,8 @@ type ZMQClient struct {
 	conn   *zmtp.Conn
 	nudge  chan struct{}
 	paused bool
+	// crowded says that held messages were dropped during the last replay.
+	crowded bool
 	// failure is the last one that was logged, since there was a connection.
 	failure string
 
@@ -630,6 +632,7 @@ func (c *ZMQClient) obey(ctx context.Context, wg *sync.WaitGroup, d decision, m 
 	case hold:
 		if !m.held && !c.hold.push(m) {
 			c.seq.overflowed()
+			c.crowded = true
 		}
 	}
 	if d.replay {

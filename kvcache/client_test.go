@@ -542,7 +542,7 @@ func TestClientLetsTheHoldOverflowAndReplaysWhatItLost(t *testing.T) {
 		synctest.Wait()
 		publish(t, e, 10, 11, 12, 13, 14)
 		close(gate)
-		synctest.Wait()
+		time.Sleep(10 * time.Second)
 		published = 6
 		publish(t, e, 15)
 		expect(t, &j, "connecting/at_least reset:start syncing/at_least 0r syncing/exact 1r 2r 3r 4r live/exact 5")
@@ -559,13 +559,14 @@ func TestClientDoesNotForgetAMessageThatItHadNoRoomToHold(t *testing.T) {
 		})
 		config := n.config()
 		config.HoldBudget = kvcache.NewHoldBudget(1)
+		config.VerifyInterval = -1
 		var j journal
 		n.client(config, &j)
 		synctest.Wait()
 		if err := e.PublishAt(2, stored(12)); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(900 * time.Millisecond)
+		time.Sleep(10 * time.Second)
 		expect(t, &j, "connecting/at_least reset:start syncing/at_least 0r syncing/exact live/exact recovering/exact "+
 			"reset:history_lost live/at_least")
 	})

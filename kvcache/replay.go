@@ -72,11 +72,14 @@ func (c *ZMQClient) runReplays(ctx context.Context, wg *sync.WaitGroup) {
 	}
 }
 
-// stalls reports whether replays give valid answers without what is wanted.
+// stalls reports whether the next replay had better wait a little, though the last one had a valid answer: it was without
+// what is wanted, or the next one might not find room for what comes meanwhile either.
 func (c *ZMQClient) stalls() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.seq.stalls > 1 || c.seq.contradictions > 0
+	crowded := c.crowded
+	c.crowded = false
+	return crowded || c.seq.stalls > 1 || c.seq.contradictions > 0
 }
 
 // takeTurn runs the replay that is wanted when its turn has come.

@@ -109,7 +109,8 @@ type ZMQClientConfig struct {
 	// Logger receives changes of state; nil means silence.
 	Logger *slog.Logger
 	// Registerer receives this client's metrics. All clients must be given the same value, not one wrapper each. Nil
-	// means what InitializeMetrics registered with the default registry, and no metrics if that was never called.
+	// means what InitializeMetrics registered with the default registry, and no metrics if that was never called. What is
+	// registered stays so for the life of the process, and with it the Registerer; a client's series go with Stop.
 	Registerer prometheus.Registerer
 	// MetricsNamespace is the first word of the metrics' names: "kvtap", which empty means, or "aibrix" for dashboards
 	// made for AIBrix. There the rank has no label of its own but ends the pod_key, as ":1".

@@ -72,8 +72,8 @@ func (c *ZMQClient) runReplays(ctx context.Context, wg *sync.WaitGroup) {
 	}
 }
 
-// stalls reports whether the next replay had better wait a little, though the last one had a valid answer: it was without
-// what is wanted, or the next one might not find room for what comes meanwhile either.
+// stalls reports whether the next replay had better wait a little, though the last one had a valid answer: it was
+// without what is wanted, or the next one might not find room for what comes meanwhile either.
 func (c *ZMQClient) stalls() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()

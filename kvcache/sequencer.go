@@ -387,14 +387,19 @@ func (s *sequencer) holdBack(seq uint64, d decision, p purpose) decision {
 // before, they are lost and seq begins the history anew.
 func (s *sequencer) gap(next, seq uint64) (d decision) {
 	d.missed = s.miss(next, seq)
-	if s.stalls >= maxReplayStalls {
-		s.lose(seq, &d)
-		s.met = true
-		return d
+	switch {
+	case s.stalls < maxReplayStalls:
+		s.stalls++
+		s.state = StateRecovering
+		return s.holdBack(seq, d, askFill)
+	case s.started && !s.met && s.contradict(&d):
+		// Not even seq was in the answers, and the engine had sent it before they were asked for.
+		return s.holdBack(seq, d, askFill)
 	}
-	s.stalls++
-	s.state = StateRecovering
-	return s.holdBack(seq, d, askFill)
+	s.givenUp = s.givenUp || d.foreign
+	s.lose(seq, &d)
+	s.met = true
+	return d
 }
 
 // miss returns how many of the numbers from next up to seq were not counted as missing before.

@@ -8,7 +8,6 @@
 package leak
 
 import (
-	"bytes"
 	"flag"
 	"fmt"
 	"io"
@@ -26,7 +25,7 @@ func Main(m *testing.M) { os.Exit(run(m, os.Stderr)) }
 
 func run(m interface{ Run() int }, complaints io.Writer) (code int) {
 	before := runtime.NumGoroutine()
-	if code := m.Run(); code != 0 || fuzzes() {
+	if code := m.Run(); code != 0 || fuzzes(flag.CommandLine) {
 		return code
 	}
 	if err := Check(before); err != nil {
@@ -37,9 +36,9 @@ func run(m interface{ Run() int }, complaints io.Writer) (code int) {
 }
 
 // fuzzes reports whether a fuzzer runs, which has goroutines of its own.
-func fuzzes() bool {
+func fuzzes(flags *flag.FlagSet) bool {
 	for _, name := range []string{"test.fuzz", "test.fuzzworker"} {
-		if f := flag.Lookup(name); f != nil && f.Value.String() != "" && f.Value.String() != "false" {
+		if f := flags.Lookup(name); f != nil && f.Value.String() != "" && f.Value.String() != "false" {
 			return true
 		}
 	}
@@ -53,30 +52,32 @@ var patience = 10 * time.Second
 // cannot tell, those beyond the given number.
 func Check(before int) error {
 	if p := pprof.Lookup("goroutineleak"); p != nil {
-		var text bytes.Buffer
-		if err := p.WriteTo(&text, 1); err != nil {
-			return err
-		}
-		if n := total(text.String()); n != 0 {
-			return fmt.Errorf("leak: %d goroutines are blocked for ever:\n%s", n, &text)
-		}
-		return nil
+		return blocked(p)
 	}
-	deadline := time.Now().Add(patience)
-	for runtime.NumGoroutine() > before {
-		if time.Now().After(deadline) {
-			var text strings.Builder
-			if err := stacks(&text); err != nil {
-				return err
-			}
-			return fmt.Errorf("leak: %d goroutines where there were %d:\n%s", runtime.NumGoroutine(), before, &text)
-		}
-		runtime.Gosched()
+	return counted(before)
+}
+
+// blocked asks the runtime.
+func blocked(p *pprof.Profile) error {
+	var text strings.Builder
+	_ = p.WriteTo(&text, 1) // a Builder takes everything
+	if n := total(text.String()); n != 0 {
+		return fmt.Errorf("leak: %d goroutines are blocked for ever:\n%s", n, &text)
 	}
 	return nil
 }
 
-func stacks(w io.Writer) error { return pprof.Lookup("goroutine").WriteTo(w, 1) }
+// counted waits until there are no more than before.
+func counted(before int) error {
+	for deadline := time.Now().Add(patience); runtime.NumGoroutine() > before; runtime.Gosched() {
+		if time.Now().After(deadline) {
+			var text strings.Builder
+			_ = pprof.Lookup("goroutine").WriteTo(&text, 1)
+			return fmt.Errorf("leak: %d goroutines where there were %d:\n%s", runtime.NumGoroutine(), before, &text)
+		}
+	}
+	return nil
+}
 
 // total reads the first line of a profile in text form, which ends with how many goroutines it shows; -1 if it does
 // not.

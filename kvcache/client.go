@@ -582,7 +582,7 @@ func (c *ZMQClient) observe(at time.Time) {
 // know everything. Counters tell how often.
 func (c *ZMQClient) warn(msg, kind string, args ...any) {
 	level := slog.LevelDebug
-	if key := msg + " " + kind; !c.warned[key] && len(c.warned) < maxWarned {
+	if key := msg + " " + kind[:min(len(kind), maxKind)]; !c.warned[key] && len(c.warned) < maxWarned {
 		if c.warned == nil {
 			c.warned = make(map[string]bool)
 		}
@@ -592,8 +592,8 @@ func (c *ZMQClient) warn(msg, kind string, args ...any) {
 	c.log.Log(context.Background(), level, msg, args...) //nolint:sloglint // callers give constants
 }
 
-// maxWarned bounds the warnings of one connection: kinds of events are named by the peer.
-const maxWarned = 64
+// maxWarned and maxKind, in bytes, bound the warnings of one connection: kinds of events are named by the peer.
+const maxWarned, maxKind = 64, 128
 
 func addrString(a net.Addr) string {
 	if a == nil {
@@ -768,8 +768,8 @@ func (c *ZMQClient) skipped(seq uint64) {
 	c.stats.unreadable.Add(uint64(len(b.Skipped)))
 	for _, s := range b.Skipped {
 		c.metrics.countSkipped(s.Reason)
-		c.warn("event_unreadable", string(s.Tag)+" "+s.Reason,
-			"sequence", seq, "index", s.Index, "type", string(s.Tag), "why", s.Reason)
+		tag := string(s.Tag[:min(len(s.Tag), maxKind)])
+		c.warn("event_unreadable", s.Reason+" "+tag, "sequence", seq, "index", s.Index, "type", tag, "why", s.Reason)
 	}
 	cut, doubt := b.Doubt()
 	if !doubt {

@@ -735,31 +735,71 @@ func TestStatsCountWhatHappened(t *testing.T) {
 
 func TestASlowHandlerHasTheTailLookedAtSoonAfterwards(t *testing.T) {
 	t.Parallel()
-	inBubble(t, func(t *testing.T, n *network) {
-		e := n.engine(func(c *enginesim.Config) { c.NoReplay = true })
-		p := n.replayer()
-		j := journal{onBatch: func(_ *event.Batch, info kvcache.BatchInfo) error {
-			if info.Sequence == 1 && !info.Replayed {
-				time.Sleep(10 * time.Second)
-			}
-			return nil
-		}}
-		n.client(n.config(), &j)
-		synctest.Wait()
-		p.sent.Store(1)
-		publish(t, e, 0)
-		time.Sleep(5 * time.Second) // the first look at the tail is over
-		asks := p.asks.Load()
-		p.sent.Store(3) // the last of them is dropped while the handler is busy
-		publish(t, e, 1)
-		time.Sleep(12 * time.Second)
-		expect(t, &j, "connecting/at_least reset:start syncing/at_least live/exact 0 1 2r")
-		if got := p.asks.Load() - asks; got != 2 { // one that brings it, one that brings nothing new
-			t.Errorf("%d questions", got)
+	// In the second case the regular look falls into the time in which the handler is busy.
+	for _, before := range []time.Duration{5 * time.Second, 25 * time.Second} {
+		t.Run(before.String(), func(t *testing.T) {
+			t.Parallel()
+			inBubble(t, func(t *testing.T, n *network) { slowHandler(t, n, before) })
+		})
+	}
+}
+
+func slowHandler(t *testing.T, n *network, before time.Duration) {
+	e := n.engine(func(c *enginesim.Config) { c.NoReplay = true })
+	p := n.replayer()
+	j := journal{onBatch: func(_ *event.Batch, info kvcache.BatchInfo) error {
+		if info.Sequence == 1 && !info.Replayed {
+			time.Sleep(10 * time.Second)
 		}
-		time.Sleep(10 * time.Second)
-		if got := p.asks.Load() - asks; got != 2 {
-			t.Errorf("%d questions", got)
+		return nil
+	}}
+	n.client(n.config(), &j)
+	synctest.Wait()
+	p.sent.Store(1)
+	publish(t, e, 0)
+	time.Sleep(before) // the first look at the tail is over
+	asks := p.asks.Load()
+	p.sent.Store(3) // the last of them is dropped while the handler is busy
+	publish(t, e, 1)
+	time.Sleep(12 * time.Second)
+	expect(t, &j, "connecting/at_least reset:start syncing/at_least live/exact 0 1 2r")
+	if got := p.asks.Load() - asks; got != 2 { // one that brings it, one that brings nothing new
+		t.Errorf("%d questions", got)
+	}
+	time.Sleep(10 * time.Second)
+	if got := p.asks.Load() - asks; got != 2 {
+		t.Errorf("%d questions", got)
+	}
+}
+
+func TestAReplayEndpointOfAnotherEngineThatIsAheadIsFoundOut(t *testing.T) {
+	t.Parallel()
+	inBubble(t, func(t *testing.T, n *network) {
+		// Its buffer begins far beyond our engine's numbers, so that no two batches share one.
+		e := n.engine(func(c *enginesim.Config) { c.NoReplay = true })
+		n.router(func(r *zmtp.Router, id string, frames [][]byte) {
+			for seq := max(1000, binary.BigEndian.Uint64(frames[1])); seq < 1005; seq++ {
+				r.Send(id, nil, number(seq), stored(event.Hash(seq)))
+			}
+			r.Send(id, nil, endOfReplay, nil)
+		})
+		var j journal
+		c := n.client(n.config(), &j)
+		synctest.Wait()
+		for i := range 20 {
+			publish(t, e, event.Hash(i))
+			time.Sleep(20 * time.Second)
+		}
+		j.mu.Lock()
+		for place := range j.fold.All() {
+			if place.Hash >= 1000 {
+				t.Errorf("block %d of the other engine is claimed", place.Hash)
+			}
+		}
+		held := j.fold.Len()
+		j.mu.Unlock()
+		if s := c.State(); held < 5 || s.State != kvcache.StateLive || s.Bound != kvcache.BoundAtLeast {
+			t.Errorf("%d blocks, %+v: %s", held, s, &j)
 		}
 	})
 }

@@ -118,6 +118,11 @@ func (c *ZMQClient) endReplay(ctx context.Context, wg *sync.WaitGroup, asked uin
 		return true
 	}
 	var d decision
+	asking := c.seq.ask
+	if err == nil && end == endSilent && c.replayAsked == asked && asking.purpose <= askTail && !asking.progress &&
+		!c.seq.dropped {
+		err = errReplayUnended
+	}
 	switch {
 	case err != nil:
 		c.stats.replayFailures.Add(1)
@@ -145,7 +150,7 @@ func (c *ZMQClient) endReplay(ctx context.Context, wg *sync.WaitGroup, asked uin
 	if d.replay {
 		return false
 	}
-	if err == nil && end != endSilent && !denied && !c.seq.givenUp {
+	if err == nil && end != endSilent && asking.purpose <= askTail && !denied && !c.seq.givenUp {
 		c.observe(time.Now())
 	}
 	c.replays = false
@@ -176,6 +181,7 @@ func (c *ZMQClient) placeHeld(ctx context.Context, wg *sync.WaitGroup) bool {
 // The ways in which a replay fails.
 var (
 	errReplaySilent   = errors.New("no answer")
+	errReplayUnended  = errors.New("the answer has no end marker")
 	errReplayTopic    = errors.New("the answer is of another topic than the one asked for")
 	errReplayForeign  = errors.New("the answer is not of the engine that the connection is of")
 	errReplayNonsense = errors.New("the answer is not a replay: want frames of topic, 8-byte sequence number and payload")
@@ -213,7 +219,11 @@ func (c *ZMQClient) askQuestions(ctx context.Context, wg *sync.WaitGroup, nudge 
 			continue
 		case <-timer.C:
 		}
-		if due, _ := c.questions(); due {
+		due, paused := c.questions()
+		if paused {
+			idle = 0
+		}
+		if due {
 			c.check(ctx, wg)
 			timer.Reset(pace.next(false))
 			lastDue = time.Now()

@@ -96,6 +96,8 @@ type ask struct {
 	from    uint64
 	// verify says that from was delivered before, so that the answer must begin with it.
 	verify bool
+	// matched says that it did, byte for byte.
+	matched bool
 	// count is the number of messages at or after from in the answer so far, newest the number of the last of them.
 	count  int
 	newest uint64
@@ -272,18 +274,18 @@ func (s *sequencer) live(seq uint64, p proof) (d decision) {
 		}
 		return d
 	}
-	return s.next(seq, p)
+	return s.next(seq, p, true)
 }
 
 // held takes a held message again, in order, after the replay. A decision to replay keeps it and those behind it held.
 func (s *sequencer) held(seq uint64, p proof) decision {
-	d := s.next(seq, p)
+	d := s.next(seq, p, false)
 	d.dropHeld = false // what is held came by this connection, and so is of the life that begins
 	return d
 }
 
-// next places a message after the last delivered one.
-func (s *sequencer) next(seq uint64, p proof) (d decision) {
+// next places a message after the last delivered one. live says that it comes now, and was not held.
+func (s *sequencer) next(seq uint64, p proof, live bool) (d decision) {
 	asking := s.replayable && !s.givenUp
 	switch {
 	case !s.started && seq < s.want:
@@ -299,6 +301,12 @@ func (s *sequencer) next(seq uint64, p proof) (d decision) {
 		return s.meet(seq)
 	case seq == s.last+1:
 		d.verdict = deliver
+	case seq <= s.last && s.verified && p == unproven && live && asking && !s.met && s.contradict(&d):
+		// Older than all that was replayed: it was forgotten by the engine meanwhile, and then newer ones will meet, or the
+		// endpoint is another engine's that is ahead.
+		return s.holdBack(seq, d, askFill)
+	case d.foreign:
+		return s.trust(seq, d)
 	case seq <= s.last && s.verified && p != other:
 		d.duplicate = true // it came by replay as well
 		if p == same {
@@ -310,12 +318,7 @@ func (s *sequencer) next(seq uint64, p proof) (d decision) {
 		if asking && s.contradict(&d) {
 			return s.holdBack(seq, d, askFill)
 		}
-		d.reset = ReasonHistoryLost
-		s.givenUp = true
-		s.forget(d.reset)
-		s.first(seq)
-		s.met = true
-		d.verdict = deliver
+		return s.trust(seq, d)
 	case seq <= s.last:
 		return s.restart(seq)
 	case asking:
@@ -360,6 +363,16 @@ func (s *sequencer) contradict(d *decision) (again bool) {
 		s.state = StateRecovering
 	}
 	return !d.foreign
+}
+
+// trust goes on with the connection alone, and with seq as the first of what is known of it.
+func (s *sequencer) trust(seq uint64, d decision) decision {
+	d.foreign, d.reset, d.verdict = true, ReasonHistoryLost, deliver
+	s.givenUp = true
+	s.forget(d.reset)
+	s.first(seq)
+	s.verified, s.met = true, true
+	return d
 }
 
 // meet asks for seq, which came live behind what came by replays, to see whether both are of one life: then the answer
@@ -450,7 +463,7 @@ func (s *sequencer) replayed(seq uint64, p proof) (d decision) {
 		case p != same:
 			return s.replaced()
 		}
-		s.verified = true
+		s.verified, a.matched = true, true
 		if s.lastLive && s.last == a.from {
 			s.meets()
 		}
@@ -610,8 +623,12 @@ func (s *sequencer) replayEnded(end replayEnd) (d decision) {
 		// Not even the number asked for: the process that sent it is gone.
 		s.failures = 0
 		return s.replaced()
-	case a.purpose == askRetry && (marker || a.count > 1 || !a.verify):
-		return s.resync() // a long answer may lose its end
+	case a.purpose == askRetry:
+		// A long answer may lose its end. One without the batch that it had to begin with may be of another engine.
+		if !a.verify || a.matched && (marker || a.count > 1) {
+			return s.resync()
+		}
+		return d
 	case a.purpose == askOrigin:
 		return d
 	case a.count == 0 && s.want == 0 && !s.hasNewest:

@@ -52,6 +52,9 @@ type sequencer struct {
 	lastLive bool
 	// contradictions counts how often this connection and the replay endpoint disagreed, since they last met.
 	contradictions int
+	// foreign says that the replay endpoint was taken for another engine's, since this connection lived on while they
+	// disagreed.
+	foreign bool
 	// holding says that live messages are kept back until a replay has filled what comes before them.
 	holding bool
 	// givenUp says that replays failed too often on this connection; it is treated as if there were none.
@@ -163,7 +166,7 @@ type decision struct {
 // connect tells of a new connection that is subscribed.
 func (s *sequencer) connect() (d decision) {
 	s.verified, s.hasNewest, s.givenUp = false, false, false
-	s.met, s.lastLive, s.contradictions = false, false, 0
+	s.met, s.lastLive, s.contradictions, s.foreign = false, false, 0, false
 	s.hasHeld, s.dropped = false, false
 	s.failures, s.stalls = 0, 0
 	first := !s.opened
@@ -233,6 +236,7 @@ func (s *sequencer) cut(reason Reason) (d decision) {
 	d.reset, d.dropHeld = reason, true
 	s.hasHeld = false
 	s.forget(reason)
+	s.ask = ask{} // should it still run before the connection ends
 	if s.state == StateLive {
 		s.state = StateRecovering
 	}
@@ -352,23 +356,25 @@ func (s *sequencer) lose(seq uint64, d *decision) {
 }
 
 // meets records that the connection and the replay endpoint are of one life.
-func (s *sequencer) meets() { s.met, s.contradictions = true, 0 }
+func (s *sequencer) meets() { s.met, s.contradictions, s.foreign = true, 0, false }
 
 // contradict judges a connection and a replay endpoint that disagree, and reports whether to ask again. Most often the
 // connection is of a process that is gone, and its end will be read soon. If it lives on, the endpoint is another
 // engine's (the port of another rank), and the connection outranks it.
 func (s *sequencer) contradict(d *decision) (again bool) {
 	s.contradictions++
-	if d.foreign = s.contradictions > maxContradictions; !d.foreign {
-		s.state = StateRecovering
+	if s.contradictions > maxContradictions {
+		d.foreign, s.foreign = true, true
+		return false
 	}
-	return !d.foreign
+	s.state = StateRecovering
+	return true
 }
 
 // trust goes on with the connection alone, and with seq as the first of what is known of it.
 func (s *sequencer) trust(seq uint64, d decision) decision {
 	d.foreign, d.reset, d.verdict = true, ReasonHistoryLost, deliver
-	s.givenUp = true
+	s.givenUp, s.foreign = true, true
 	s.forget(d.reset)
 	s.first(seq)
 	s.verified, s.met = true, true
@@ -453,6 +459,10 @@ func (s *sequencer) replayed(seq uint64, p proof) (d decision) {
 		return d
 	}
 	first := a.count == 0
+	if first && !a.verify && s.started && a.purpose != askOrigin {
+		d.enough = true // the life began live since this was asked for; nothing in the answer would tell whether it is its
+		return d
+	}
 	a.count++
 	a.newest = seq
 	if first && a.verify && seq == a.from {
@@ -471,7 +481,7 @@ func (s *sequencer) replayed(seq uint64, p proof) (d decision) {
 		return d
 	}
 	switch {
-	case a.purpose == askMeet:
+	case a.purpose == askMeet && (!first || seq <= s.newest):
 		switch p {
 		case same:
 			s.meets()
@@ -491,7 +501,7 @@ func (s *sequencer) replayed(seq uint64, p proof) (d decision) {
 	case first && a.verify && seq <= s.last:
 		d.duplicate = true // it came live since it was asked for
 		return d
-	case first && a.verify && a.purpose != askFill:
+	case first && a.verify && !a.purpose.holds():
 		s.request(&d) // so that what is on its way is held
 		return d
 	case first && a.verify && s.met && s.hasHeld && s.heldFirst <= s.last+1:
@@ -624,8 +634,9 @@ func (s *sequencer) replayEnded(end replayEnd) (d decision) {
 		s.failures = 0
 		return s.replaced()
 	case a.purpose == askRetry:
-		// A long answer may lose its end. One without the batch that it had to begin with may be of another engine.
-		if !a.verify || a.matched && (marker || a.count > 1) {
+		// A long answer may lose its end. One that does not begin with the last batch is of a buffer that has rolled, or of
+		// another engine.
+		if (a.matched || !s.foreign) && (marker || a.count > 1 || !a.verify) {
 			return s.resync()
 		}
 		return d

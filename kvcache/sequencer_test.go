@@ -353,6 +353,16 @@ func (r *rig) quiet() {
 			r.check()
 			r.drain()
 		}
+		if !r.seq.foreign {
+			return
+		}
+		// A buffer of few batches was taken for another engine's.
+		r.publish(true)
+		for range 3 {
+			r.drain()
+			r.check()
+		}
+		r.drain()
 		return
 	}
 	r.publish(true) // without it nothing shows that the newest batch was lost

@@ -91,7 +91,7 @@ func (c *call) String() string {
 func (h *handler) add(c call) {
 	c.at, c.late = time.Since(h.begun), h.ended
 	h.calls = append(h.calls, c)
-	if h.run.trace.on && (c.kind != callPayload || c.unread) {
+	if h.run.trace != nil && (c.kind != callPayload || c.unread) {
 		h.run.note("    handler: %v", &c)
 	}
 	select {
@@ -262,7 +262,7 @@ func (r *run) examine() error {
 			return err
 		}
 	}
-	return nil
+	return r.pace.err()
 }
 
 func (c *checker) check(r *run, call *call) error {

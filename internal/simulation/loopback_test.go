@@ -33,7 +33,7 @@ func TestClientToldTheTruthUnderFaultsOverRealSockets(t *testing.T) {
 		t.Run(strconv.FormatUint(seed, 10), func(t *testing.T) {
 			t.Parallel()
 			s := drawForLoopback(seed)
-			r := &run{schedule: s, begun: time.Now(), trace: trace{on: true}, network: onLoopback()}
+			r := &run{schedule: s, begun: time.Now(), trace: new(trace), network: onLoopback()}
 			// A deadline that is met says nothing of the client; it only ends a test that hangs.
 			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()

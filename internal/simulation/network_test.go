@@ -5,6 +5,7 @@ package simulation_test
 
 import (
 	"context"
+	"errors"
 	"net"
 	"sync"
 	"time"
@@ -60,7 +61,43 @@ func (s *socket) Close() error {
 	return s.Conn.Close()
 }
 
+// storm is how many connections a second a client may make. Progress that costs one each is a few dozen at most.
+const storm = 500
+
+// pace counts the connections of one second.
+type pace struct {
+	mu       sync.Mutex
+	begun    time.Time
+	n        int
+	exceeded bool
+}
+
+func (p *pace) next() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if now := time.Now(); now.Sub(p.begun) >= time.Second {
+		p.begun, p.n = now, 0
+	}
+	if p.n++; p.n > storm {
+		p.exceeded = true
+		return errors.New("too many connections")
+	}
+	return nil
+}
+
+func (p *pace) err() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.exceeded {
+		return failf("storm", "the client made more than %d connections within a second", storm)
+	}
+	return nil
+}
+
 func (r *run) dial(ctx context.Context, network, address string) (net.Conn, error) {
+	if err := r.pace.next(); err != nil {
+		return nil, err
+	}
 	c, err := r.network.dial(ctx, network, address)
 	if err != nil {
 		return nil, err

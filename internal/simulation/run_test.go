@@ -15,8 +15,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
-
 	"github.com/kvtap/kvtap/enginesim"
 	"github.com/kvtap/kvtap/kvcache"
 )
@@ -45,6 +43,7 @@ type run struct {
 	held    *kvcache.HoldBudget
 	turns   kvcache.ReplayLimiter
 	sockets atomic.Int64 // of the client, open now
+	pace    pace
 
 	lives         []life
 	present       int  // the life that record saw last
@@ -55,12 +54,11 @@ type run struct {
 
 	begun time.Time
 	tally tally
-	trace trace
+	trace *trace // nil: nobody wants to know
 }
 
-// trace is what happened in a run, one line each.
+// trace is what happened in a run and its neighbour, one line each.
 type trace struct {
-	on    bool
 	mu    sync.Mutex
 	lines []string
 }
@@ -68,6 +66,8 @@ type trace struct {
 // play runs a schedule in a bubble of its own.
 func play(t *testing.T, s *schedule, traced bool) (total tally, lines []string, err error) {
 	t.Helper()
+	// Nothing here takes a second, but a client that spins stops the bubble's clock.
+	defer time.AfterFunc(2*time.Minute, func() { panic(fmt.Sprintf("this does not end:\n%v", s)) }).Stop()
 	defer func() {
 		if p := recover(); p != nil {
 			// Goroutines that are left behind make the bubble panic.
@@ -75,10 +75,16 @@ func play(t *testing.T, s *schedule, traced bool) (total tally, lines []string, 
 		}
 	}()
 	synctest.Test(t, func(t *testing.T) {
-		r := &run{schedule: s, begun: time.Now(), trace: trace{on: traced}, network: inMemory()}
+		r := &run{schedule: s, begun: time.Now(), network: inMemory()}
+		if traced {
+			r.trace = new(trace)
+		}
 		err = r.play(t.Context())
 		r.tally.schedules = 1
-		total, lines = r.tally, r.trace.lines
+		total = r.tally
+		if traced {
+			lines = r.trace.lines
+		}
 	})
 	return total, lines, err
 }
@@ -107,12 +113,17 @@ func bubbleStacks() string {
 
 // note adds a line to the trace.
 func (r *run) note(format string, args ...any) {
-	if !r.trace.on {
+	if r.trace == nil {
 		return
+	}
+	who := ""
+	if r.ops == nil {
+		who = "NEIGHBOUR "
 	}
 	r.trace.mu.Lock()
 	defer r.trace.mu.Unlock()
-	r.trace.lines = append(r.trace.lines, fmt.Sprintf("%14v  ", time.Since(r.begun))+fmt.Sprintf(format, args...))
+	r.trace.lines = append(r.trace.lines,
+		fmt.Sprintf("%14v  %s", time.Since(r.begun), who)+fmt.Sprintf(format, args...))
 }
 
 func (r *run) play(ctx context.Context) (err error) {
@@ -124,7 +135,7 @@ func (r *run) play(ctx context.Context) (err error) {
 		n.seed, n.ops = ^r.seed, nil
 		n.dialsIn, n.lateEngine, n.noReplay = false, false, false
 		n.lagEvery, n.slowEvery, n.resetEvery = 0, 0, 0
-		r.neighbour = &run{schedule: &n, begun: r.begun, network: r.network}
+		r.neighbour = &run{schedule: &n, begun: r.begun, trace: r.trace, network: r.network}
 		r.neighbour.network.pub, r.neighbour.network.replay = "tcp://127.0.0.2:5557", "tcp://127.0.0.2:5558"
 		if err := r.neighbour.start(ctx, r.held, r.turns); err != nil {
 			return err
@@ -184,14 +195,13 @@ func (r *run) start(ctx context.Context, held *kvcache.HoldBudget, turns kvcache
 		NoReplay: r.noReplay, Listen: r.dialsIn, Topic: r.topic, Rank: max(r.rank, 0),
 		PingInterval: r.ping, PingTimeout: r.pingTimeout, VerifyInterval: r.verify, ReplayTimeout: r.replayTimeout,
 		ReconnectDelay: r.reconnect, MaxMemory: r.memory, MaxMessage: r.message, HoldBudget: r.held,
-		FromSequence: r.from, ReplayLimiter: turns, Registerer: prometheus.NewRegistry(),
-		NoEngineMetrics: true,
-		Dial:            r.dial, ListenFunc: r.listen,
+		FromSequence: r.from, ReplayLimiter: turns,
+		Dial: r.dial, ListenFunc: r.listen,
 	}
 	if r.keep {
 		c.HistoryLost = kvcache.PolicyKeep
 	}
-	if r.trace.on {
+	if r.trace != nil {
 		c.Logger = r.logger()
 	}
 	r.client = kvcache.NewZMQClient(&c, &r.handler)

@@ -44,7 +44,7 @@ func TestClientToldTheTruthUnderFaults(t *testing.T) {
 		return
 	}
 	// A bubble's sockets are garbage a moment later, and all that lives is small: let it pile up.
-	t.Cleanup(func(percent int) func() { return func() { debug.SetGCPercent(percent) } }(debug.SetGCPercent(800)))
+	t.Cleanup(func(percent int) func() { return func() { debug.SetGCPercent(percent) } }(debug.SetGCPercent(400)))
 	var next atomic.Uint64
 	next.Store(*firstSeed)
 	end := *firstSeed + *schedules

@@ -169,7 +169,7 @@ func (r *run) check(flowing bool) error {
 		switch {
 		case replayable && !r.keep:
 			return failf("unknown", "the bound is unknown (%s), with a replay endpoint and policy clear", state.Reason)
-		case !r.disturbed:
+		case !r.disturbed && len(l.numbers) <= r.buffer:
 			return failf("unknown_for_no_reason", "the bound is unknown (%s), and nothing went wrong", state.Reason)
 		}
 	}

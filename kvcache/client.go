@@ -85,6 +85,7 @@ type ZMQClient struct {
 
 	stats counters
 
+	wasReset   atomic.Bool // the connection was closed by Reset
 	resetMu    sync.Mutex
 	resetAsked Reason // of a Reset that is under way
 	tasks      sync.WaitGroup
@@ -210,6 +211,7 @@ func (c *ZMQClient) Run(ctx context.Context) error {
 }
 
 // StopError says that a handler call went on for longer than StopTimeout after Stop. The call goes on; none follows it.
+// Until it returns, its pod key and rank stay taken (ErrDuplicateClient), for calls of two clients must not overlap.
 type StopError struct {
 	Pod     string
 	Call    string // what runs: HandleEvent, HandleBatch, ...
@@ -290,6 +292,9 @@ func (c *ZMQClient) carryOutReset() {
 	c.resetAsked = ""
 	c.resetMu.Unlock()
 	conn := c.conn
+	if conn != nil {
+		c.wasReset.Store(true)
+	}
 	func() {
 		defer c.mu.Unlock()
 		c.replayAsked++ // what a replay still brings belongs to the past
@@ -365,8 +370,13 @@ func (c *ZMQClient) runDialling(ctx context.Context) {
 		if ctx.Err() != nil {
 			return
 		}
-		wait := pace.next(errors.Is(err, syscall.ECONNREFUSED))
-		c.fail(err, kind, wait)
+		var wait time.Duration
+		if c.wasReset.Swap(false) {
+			wait = newBackoff(pace.initial).next(false) // no failure, and yet a handler may ask for it again and again
+		} else {
+			wait = pace.next(errors.Is(err, syscall.ECONNREFUSED))
+			c.fail(err, kind, wait)
+		}
 		select {
 		case <-ctx.Done():
 			return
@@ -425,8 +435,13 @@ func (c *ZMQClient) runListening(ctx context.Context, l net.Listener) {
 			_ = conn.Close()
 			return
 		}
-		turn <- struct{}{} // the one that was replaced is on its way out
-		defer func() { <-turn }()
+		select {
+		case turn <- struct{}{}: // the one that was replaced is on its way out
+			defer func() { <-turn }()
+		case <-ctx.Done():
+			_ = conn.Close()
+			return
+		}
 		err = c.follow(ctx, conn)
 		mu.Lock()
 		replaced := current != conn
@@ -436,6 +451,7 @@ func (c *ZMQClient) runListening(ctx context.Context, l net.Listener) {
 		mu.Unlock()
 		switch {
 		case ctx.Err() != nil:
+		case c.wasReset.Swap(false):
 		case replaced:
 			c.log.Info("engine_replaced", "host", hostOf(conn.RemoteAddr()))
 		default:
@@ -517,7 +533,7 @@ func (c *ZMQClient) follow(ctx context.Context, conn *zmtp.Conn) (err error) {
 		c.seq.disconnect()
 		c.hold.clear()
 		c.overlap.clear()
-		if err != nil { // else a handler has ended its goroutine
+		if err != nil && !c.wasReset.Load() { // nil if a handler has ended its goroutine
 			c.setError(err.Error())
 		}
 		c.tellStatus()

@@ -524,14 +524,15 @@ func TestClientLetsTheHoldOverflowAndReplaysWhatItLost(t *testing.T) {
 		e := n.engine(func(c *enginesim.Config) { c.NoReplay = true })
 		gate := make(chan struct{})
 		number := func(seq uint64) []byte { return binary.BigEndian.AppendUint64(nil, seq) }
-		published := uint64(1)
+		var published atomic.Uint64
+		published.Store(1)
 		n.router(func(r *zmtp.Router, id string, _ [][]byte) {
-			for seq := range published {
+			for seq := range published.Load() {
 				r.Send(id, nil, number(seq), stored(event.Hash(seq+10)))
 			}
-			if published == 1 {
+			if published.Load() == 1 {
 				<-gate // meanwhile live messages overflow the hold
-				published = 5
+				published.Store(5)
 			}
 			r.Send(id, nil, number(math.MaxUint64), nil)
 		})
@@ -543,7 +544,7 @@ func TestClientLetsTheHoldOverflowAndReplaysWhatItLost(t *testing.T) {
 		publish(t, e, 10, 11, 12, 13, 14)
 		close(gate)
 		time.Sleep(10 * time.Second)
-		published = 6
+		published.Store(6)
 		publish(t, e, 15)
 		expect(t, &j, "connecting/at_least reset:start syncing/at_least 0r syncing/exact 1r 2r 3r 4r live/exact 5")
 	})

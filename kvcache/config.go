@@ -53,7 +53,8 @@ type ZMQClientConfig struct {
 
 	// PollTimeout is accepted for callers that set it and has no effect: nothing polls.
 	PollTimeout time.Duration
-	// ReplayTimeout is how long a replay may go without a message before it counts as over. Zero means 5s.
+	// ReplayTimeout is how long a replay may go without a message before it counts as failed; once it has brought a batch,
+	// 1s at most, after which it is asked for again from there. Zero means 5s.
 	ReplayTimeout time.Duration
 	// ReconnectDelay is the upper limit of the first wait before a reconnect; it doubles up to 30s. Zero means 1s.
 	ReconnectDelay time.Duration

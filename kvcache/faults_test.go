@@ -138,6 +138,26 @@ func TestResetWithinAHandlerFollowsItsCall(t *testing.T) {
 	})
 }
 
+func TestResetIsNoFailure(t *testing.T) {
+	t.Parallel()
+	inBubble(t, func(t *testing.T, n *network) {
+		n.engine(nil)
+		var j journal
+		c := n.client(n.config(), &j)
+		for range 8 {
+			time.Sleep(5 * time.Second)
+			if s := c.State(); s.State != kvcache.StateLive || s.Err != "" {
+				t.Fatalf("%+v", s)
+			}
+			c.Reset("again")
+		}
+		time.Sleep(1100 * time.Millisecond)
+		if s := c.State(); s.State != kvcache.StateLive {
+			t.Errorf("not back within a second of the last Reset: %+v", s)
+		}
+	})
+}
+
 func TestResetWithoutAnEngine(t *testing.T) {
 	t.Parallel()
 	inBubble(t, func(t *testing.T, n *network) {

@@ -319,7 +319,7 @@ func TestEveryMetricMovesAndNoneIsLeftAfterStop(t *testing.T) {
 					"missed_events_total":                     3,
 					"burned_sequences_total":                  2,
 					"replay_failures_total":                   1,
-					"errors_total:connection":                 3,
+					"errors_total:connection":                 2,
 					"errors_total:consume_events":             1,
 					"errors_total:decode":                     1,
 					"errors_total:handle_event":               1,

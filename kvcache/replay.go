@@ -203,17 +203,21 @@ func (c *ZMQClient) askQuestions(ctx context.Context, wg *sync.WaitGroup, nudge 
 	defer timer.Stop()
 	idle := time.Duration(0) // how long nothing must have come
 	var lastDue time.Time
+	armed := false // the timer is set to ask what is due
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-nudge:
 			due, paused := c.questions()
-			switch {
-			case due:
-				timer.Reset(pace.next(false))
-			case paused && interval > 0:
+			if paused {
 				idle = 0
+			}
+			switch {
+			case due && !armed:
+				armed = true
+				timer.Reset(pace.next(false))
+			case paused && !due && interval > 0:
 				timer.Reset(firstCheck)
 			}
 			continue
@@ -223,7 +227,7 @@ func (c *ZMQClient) askQuestions(ctx context.Context, wg *sync.WaitGroup, nudge 
 		if paused {
 			idle = 0
 		}
-		if due {
+		if armed = due; due {
 			c.check(ctx, wg)
 			timer.Reset(pace.next(false))
 			lastDue = time.Now()

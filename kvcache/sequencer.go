@@ -36,6 +36,8 @@ type sequencer struct {
 	// owed says that the life was begun while replays were given up: the engine may still have what came before.
 	owed bool
 
+	// closing says that the present connection is about to be closed.
+	closing bool
 	// opened says that the first connection was made and the handler told to start afresh.
 	opened bool
 	// wasLive says that the stream was complete once.
@@ -165,7 +167,7 @@ type decision struct {
 
 // connect tells of a new connection that is subscribed.
 func (s *sequencer) connect() (d decision) {
-	s.verified, s.hasNewest, s.givenUp = false, false, false
+	s.verified, s.hasNewest, s.givenUp, s.closing = false, false, false, false
 	s.met, s.lastLive, s.contradictions, s.foreign = false, false, 0, false
 	s.hasHeld, s.dropped = false, false
 	s.failures, s.stalls = 0, 0
@@ -198,7 +200,7 @@ func (s *sequencer) connect() (d decision) {
 // check asks the engine a question, while live messages flow: whether it has sent something that never came (the newest
 // batch of an engine that has fallen silent would be missed by no other), or what due says is to be asked.
 func (s *sequencer) check() (d decision) {
-	if s.state != StateLive || s.holding || !s.replayable {
+	if s.state != StateLive || s.holding || s.closing || !s.replayable {
 		return d
 	}
 	why := askTail
@@ -231,12 +233,13 @@ func (s *sequencer) due() (purpose, bool) {
 	return askFill, false
 }
 
-// cut tells that the caller wants to begin anew, for a reason of its own.
+// cut tells that the caller wants to begin anew, for a reason of its own, and closes the connection. What that still
+// brings is of the past.
 func (s *sequencer) cut(reason Reason) (d decision) {
 	d.reset, d.dropHeld = reason, true
 	s.hasHeld = false
 	s.forget(reason)
-	s.ask = ask{} // should it still run before the connection ends
+	s.closing = true
 	if s.state == StateLive {
 		s.state = StateRecovering
 	}
@@ -257,6 +260,9 @@ func (s *sequencer) disconnect() {
 
 // live takes a message that came from the subscription.
 func (s *sequencer) live(seq uint64, p proof) (d decision) {
+	if s.closing {
+		return d
+	}
 	if seq == endMarker {
 		d.invalid = true
 		return d
@@ -447,6 +453,10 @@ func (s *sequencer) restart(seq uint64) (d decision) {
 // replayed takes one message of the replay that runs.
 func (s *sequencer) replayed(seq uint64, p proof) (d decision) {
 	a := &s.ask
+	if s.closing {
+		d.enough = true
+		return d
+	}
 	if seq == endMarker {
 		d.invalid = true
 		return d
@@ -614,7 +624,7 @@ func (s *sequencer) replayEnded(end replayEnd) (d decision) {
 	a, dropped := s.ask, s.dropped
 	s.dropped = false
 	marker := end == endMarked
-	if end == endEnough {
+	if end == endEnough || s.closing {
 		s.failures = 0
 		return d
 	}
@@ -659,7 +669,7 @@ func (s *sequencer) replayEnded(end replayEnd) (d decision) {
 		return s.replayFailed()
 	}
 	s.failures = 0
-	if marker && s.baseProof == baseReplayed {
+	if s.baseProof == baseReplayed {
 		s.baseLast, s.baseProof = s.last, baseComplete
 	}
 	s.verified = true
@@ -668,7 +678,7 @@ func (s *sequencer) replayEnded(end replayEnd) (d decision) {
 
 // replayFailed tells that the replay gave no valid answer. The decision is to ask again, or to go on without.
 func (s *sequencer) replayFailed() (d decision) {
-	if !s.ask.purpose.holds() {
+	if !s.ask.purpose.holds() || s.closing {
 		return d
 	}
 	if s.ask.progress {
@@ -692,6 +702,9 @@ func (s *sequencer) replayFailed() (d decision) {
 // settle tells that the held messages were all placed. From now on live messages are handed on as they come, unless one
 // that was seen is neither here nor was it held, for want of room: then another replay has to bring it.
 func (s *sequencer) settle() (d decision) {
+	if s.closing {
+		return d
+	}
 	s.hasHeld = false
 	if s.hasNewest && s.newest >= s.want && (!s.started || s.newest > s.last) {
 		switch {

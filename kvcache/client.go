@@ -533,7 +533,7 @@ func (c *ZMQClient) follow(ctx context.Context, conn *zmtp.Conn) (err error) {
 		c.seq.disconnect()
 		c.hold.clear()
 		c.overlap.clear()
-		if err != nil && !c.wasReset.Load() { // nil if a handler has ended its goroutine
+		if err != nil && !c.wasReset.Load() && !c.stopped.Load() { // nil if a handler has ended its goroutine
 			c.setError(err.Error())
 		}
 		c.tellStatus()

@@ -117,7 +117,7 @@ type ZMQClientConfig struct {
 	// made for AIBrix. There the rank has no label of its own but ends the pod_key, as ":1".
 	MetricsNamespace string
 	// NoEngineMetrics leaves out the metrics that have a series per engine. With thousands of engines those cost money;
-	// Stats has the same figures.
+	// Stats has the totals.
 	NoEngineMetrics bool
 
 	// Dial and ListenFunc replace the network, for tests. Nil means the real one.

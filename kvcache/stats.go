@@ -11,7 +11,7 @@ type Stats struct {
 	Connections, Disconnections uint64
 
 	Batches  uint64 // handed on, unreadable ones included
-	Replayed uint64 // of these, by replay
+	Replayed uint64 // of these batches, by replay
 	Events   uint64 // decoded
 
 	Missed     uint64 // sequence numbers found missing in the live stream; replays may have brought them

@@ -67,8 +67,8 @@ type Reason string
 const (
 	ReasonStart       Reason = "start"        // the client's first synchronisation
 	ReasonRestart     Reason = "restart"      // another process of the engine answers
-	ReasonHistoryLost Reason = "history_lost" // the engine no longer holds batches that are missing here
-	ReasonLateStart   Reason = "late_start"   // the engine's first batches were gone when the client came
+	ReasonHistoryLost Reason = "history_lost" // batches are missing, and no replay could bring them
+	ReasonLateStart   Reason = "late_start"   // the engine's first batches could not be had when the client came
 	ReasonUnreadable  Reason = "unreadable"   // something was sent that could not be read
 	ReasonGap         Reason = "gap"          // batches are missing and nothing can replay them
 	ReasonReconnect   Reason = "reconnect"    // a lost connection that no replay made good

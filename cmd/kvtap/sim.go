@@ -293,6 +293,37 @@ func (f *simFlags) checkFaults(changed func(flag string) bool) error {
 
 // parseFault reads KIND[:N][:DURATION]@STEP.
 func parseFault(text string) (f enginesim.ScriptedFault, err error) {
+	if f, err = readFault(text); err != nil {
+		return f, err
+	}
+	takes := doses[f.Fault.Kind]
+	switch {
+	case f.Fault.N != 0 && !takes.n:
+		return f, fmt.Errorf("%s takes no N", f.Fault.Kind)
+	case f.Fault.For != 0 && !takes.duration:
+		return f, fmt.Errorf("%s takes no DURATION", f.Fault.Kind)
+	}
+	return f, nil
+}
+
+// doses says what a kind of fault takes; those that are not listed take N alone.
+var doses = func() map[enginesim.FaultKind]struct{ n, duration bool } {
+	m := map[enginesim.FaultKind]struct{ n, duration bool }{}
+	for _, kind := range enginesim.FaultKinds() {
+		m[kind] = struct{ n, duration bool }{n: true}
+	}
+	for _, kind := range []enginesim.FaultKind{
+		enginesim.FaultStop, enginesim.FaultPartition, enginesim.FaultSlowReplay, enginesim.FaultEndlessReplay,
+	} {
+		m[kind] = struct{ n, duration bool }{duration: true}
+	}
+	m[enginesim.FaultKill] = struct{ n, duration bool }{true, true}
+	m[enginesim.FaultHalfOpen] = struct{ n, duration bool }{}
+	m[enginesim.FaultClear] = struct{ n, duration bool }{}
+	return m
+}()
+
+func readFault(text string) (f enginesim.ScriptedFault, err error) {
 	what, step, found := strings.Cut(text, "@")
 	if !found {
 		return f, errors.New("no step; want KIND[:N][:DURATION]@STEP")
@@ -302,14 +333,14 @@ func parseFault(text string) (f enginesim.ScriptedFault, err error) {
 		return f, fmt.Errorf("%q is not the number of a step", step)
 	}
 	f.Step = int(n)
-	kind, doses, _ := strings.Cut(what, ":")
+	kind, dose, _ := strings.Cut(what, ":")
 	if f.Fault.Kind, err = enginesim.ParseFaultKind(kind); err != nil {
 		return f, fmt.Errorf("unknown kind %q; kvtap sim --help lists them", kind)
 	}
-	if doses == "" {
+	if dose == "" {
 		return f, nil
 	}
-	first, second, both := strings.Cut(doses, ":")
+	first, second, both := strings.Cut(dose, ":")
 	if n, err := strconv.ParseUint(first, 10, 20); err == nil {
 		f.Fault.N = int(n)
 		if !both {
@@ -318,7 +349,7 @@ func parseFault(text string) (f enginesim.ScriptedFault, err error) {
 		first, both = second, false
 	}
 	if f.Fault.For, err = time.ParseDuration(first); err != nil || f.Fault.For < 0 || both {
-		return f, fmt.Errorf("%q is neither N nor DURATION nor N:DURATION, such as 3:2s", doses)
+		return f, fmt.Errorf("%q is neither N nor DURATION nor N:DURATION, such as 3:2s", dose)
 	}
 	return f, nil
 }

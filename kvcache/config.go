@@ -92,8 +92,8 @@ type ZMQClientConfig struct {
 
 	// MaxMemory bounds the memory of this client in bytes: an eighth for live messages that are held during a replay
 	// (beyond it they are dropped, and fetched by another replay), the rest for the message in hand, as bytes and
-	// decoded. A client uses so much only if its engine sends what no engine does; an idle one takes 200 KiB. Zero means
-	// 64 MiB.
+	// decoded. A client uses so much only if its engine sends what no engine does; an idle one takes about 200 KiB. Zero
+	// means 64 MiB.
 	MaxMemory int
 	// MaxMessage limits one message in bytes. A longer one is read past, and counts as a batch that cannot be read.
 	// Zero means a 32nd of MaxMemory, which is also the most: 2 MiB, 400,000 tokens in one step of the engine.
